@@ -1,0 +1,1 @@
+"""Who decides: branches of a request, the programs that write them, and their shared variables."""

@@ -1,0 +1,301 @@
+"""One branch of a request: a sequence, the program that writes it, and what it wants next.
+
+The engine calls `accept` with each sampled token and reads `next`; between two tokens the branch runs
+its program from await to await and turns each into a decision.
+"""
+
+import enum
+from typing import TYPE_CHECKING, Any
+
+from aici_vllm.controller.awaits import (
+    Awaitable,
+    Decide,
+    Decided,
+    FixedText,
+    Generate,
+    GetPrompt,
+    Stop,
+    WaitVars,
+)
+from aici_vllm.controller.decisions import BranchDecision
+from aici_vllm.controller.errors import LimitError
+from aici_vllm.controller.log import Log
+from aici_vllm.controller.program import Program, Raised, Returned, error_line
+from aici_vllm.controller.sampling import Generation, MaskedToken, Sampling
+from aici_vllm.controller.sequence import Sequence
+from constraints import ConstraintError
+
+if TYPE_CHECKING:
+    from aici_vllm.controller.group import Group
+
+
+class Next(enum.Enum):
+    """What a branch wants from the engine."""
+
+    SAMPLE = enum.auto()
+    """A token, under `branch.sampling`."""
+    THINK = enum.auto()
+    """Nothing: its program is still running."""
+    WAIT = enum.auto()
+    """Nothing until the variables `branch.wanted` are set."""
+    FORK = enum.auto()
+    """To be forked by its group into `len(branch.forks)` branches."""
+    END = enum.auto()
+    """Nothing ever again: `finish_reason` and `error` say why."""
+
+
+class Branch:
+    """One of the futures of a request."""
+
+    def __init__(self, group: "Group", index: int, sequence: Sequence):
+        self.group = group
+        self.index = index
+        self.sequence = sequence
+        self.next = Next.THINK
+        self.sampling: Sampling | None = None
+        self.wanted: tuple[str, ...] = ()
+        self.forks: list[BranchDecision] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.log = Log(group.limits.log_bytes)
+        self.log_level = 1
+        self.started = False
+        self.program: Program | None = None
+        self.may_take_back = True
+        self._decided_index = 0
+
+    @property
+    def settled(self) -> int:
+        """How many tokens nothing can take back any more: these may be streamed."""
+        if self.next is Next.END or not self.may_take_back:
+            return len(self.sequence)
+        return self.sequence.settled()
+
+    def mark(self) -> int:
+        """Mark the end of the text; before the first await, the start of the prompt."""
+        return self.sequence.mark(len(self.sequence) if self.started else 0)
+
+    # What the engine and the group do.
+
+    def start(self, program: Program) -> None:
+        """Run `program` to its first decision."""
+        self.program = program
+        program.resume()
+        self.advance()
+
+    def accept(self, token: int) -> bool:
+        """Take a sampled token. True when the branch just samples on and has nothing to splice."""
+        self.sequence.add_sampled(token)
+        assert self.sampling is not None
+        try:
+            self.sampling.accept(token)
+            forced = self.sampling.take_forced()
+        except ConstraintError as error:
+            self.fail(error_line(error))
+            return False
+        if not forced and not self.sampling.finished:
+            return not self._ends_here()
+        if self._splice_forced(forced):
+            self.advance()
+        return False
+
+    def advance(self) -> None:
+        """Go on from a turn that is over, through every await that needs no token."""
+        assert self.program is not None
+        while self.next is not Next.END:
+            turn = self.program.poll()
+            if turn is None:
+                self.next = Next.THINK
+                return
+            self.log.end_step()
+            match turn:
+                case Returned():
+                    self.end("stop")
+                case Raised():
+                    self.log.write(turn.details)
+                    self.fail(turn.message)
+                case Awaitable():
+                    resumed = self._begin(turn)
+                    self.started = True
+                    if not resumed:
+                        return
+
+    def resume(self, value: Any) -> None:
+        """Give the current await its result."""
+        assert self.program is not None
+        self.next = Next.THINK
+        self.sampling = None
+        self.program.resume(value)
+
+    def begin_fork(self, index: int, decision: BranchDecision) -> None:
+        """Go on as branch `index` of a fork."""
+        self.next = Next.THINK
+        self.forks = []
+        if self._decide(index, decision):
+            self.advance()
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """Finish for good. The first reason stands."""
+        if self.next is Next.END:
+            return
+        self.next = Next.END
+        self.finish_reason = reason
+        self.error = error
+        self.log.end_step()
+        if self.program is not None:
+            self.program.close()
+
+    def fail(self, message: str) -> None:
+        """Finish with an error that the client reads."""
+        self.end("fail", message)
+
+    # Awaits, one by one. Each returns True when the program was resumed with a result.
+
+    def _begin(self, awaited: Awaitable) -> bool:
+        match awaited:
+            case FixedText():
+                return self._fixed_text(awaited)
+            case Generate():
+                return self._generate(awaited)
+            case Decide():
+                return self._begin_decision(awaited.result.branches)
+            case WaitVars():
+                return self._wait_vars(awaited.names)
+            case GetPrompt():
+                return self._get_prompt()
+            case Stop():
+                self.end("stop")
+                return False
+        raise TypeError(f"a branch does not know what to do with {awaited!r}")
+
+    def _fixed_text(self, awaited: FixedText) -> bool:
+        at = len(self.sequence)
+        if awaited.following is not None:
+            try:
+                at = self.sequence.position(awaited.following)
+            except ValueError as error:
+                return self._raise(error)
+        if not self._splice(at, awaited.tokens):
+            return False
+        self.resume(awaited.tokens)
+        return True
+
+    def _generate(self, awaited: Generate) -> bool:
+        self.sampling = Generation(awaited, self.group.vocabulary)
+        self.next = Next.SAMPLE
+        return self._splice_forced(self.sampling.take_forced())
+
+    def _begin_decision(self, branches: list[BranchDecision]) -> bool:
+        if not branches:
+            self.end("stop")
+            return False
+        if len(branches) == 1:
+            return self._decide(0, branches[0])
+        self.forks = branches
+        self.next = Next.FORK
+        return False
+
+    def _wait_vars(self, names: tuple[str, ...]) -> bool:
+        values = self.group.variables.get_all(names)
+        if values is None:
+            self.wanted = names
+            self.next = Next.WAIT
+            return False
+        self.resume(values)
+        return True
+
+    def _get_prompt(self) -> bool:
+        if self.started:
+            return self._raise(RuntimeError("GetPrompt() must be the first thing a controller awaits"))
+        self.resume(list(self.sequence.tokens))
+        return True
+
+    def _decide(self, index: int, decision: BranchDecision) -> bool:
+        self._decided_index = index
+        if decision.sample_mask is not None:
+            self.sampling = MaskedToken(decision.sample_mask, decision.splices)
+            self.next = Next.SAMPLE
+            self._ends_here()
+            return False
+        splice = decision.splices[0]
+        if not self._splice(len(self.sequence) - splice.backtrack, splice.ff_tokens):
+            return False
+        self.resume(Decided(index, splice.backtrack, list(splice.ff_tokens)))
+        return True
+
+    # The ends of awaits, and what they share.
+
+    def _splice_forced(self, forced: list[int]) -> bool:
+        """Splice what the sampling takes without being asked; True when that was all it wanted."""
+        assert self.sampling is not None
+        if forced and not self._splice(len(self.sequence), forced):
+            return False
+        if not self.sampling.finished:
+            self._ends_here()
+            return False
+        if isinstance(self.sampling, Generation):
+            return self._finish_generation(self.sampling)
+        assert isinstance(self.sampling, MaskedToken)
+        return self._finish_masked_token(self.sampling)
+
+    def _finish_generation(self, generation: Generation) -> bool:
+        text = self.group.vocabulary.detokenize(generation.tokens)
+        if generation.request.store_var is not None:
+            try:
+                self.group.variables.set(generation.request.store_var, text)
+            except LimitError as error:
+                return self._raise(error)
+        if self.log_level >= 1:
+            self.log.write(f"GEN: {text.decode(errors='replace')!r}\n")
+        self.resume(generation.tokens)
+        return True
+
+    def _finish_masked_token(self, masked: MaskedToken) -> bool:
+        splice = masked.matched()
+        if splice is None:
+            self.resume(Decided(self._decided_index, 0, [masked.token]))
+            return True
+        if not self._splice(len(self.sequence) - splice.backtrack, splice.ff_tokens):
+            return False
+        # The sampled token counts as backtracked, so before this await one token fewer was lost.
+        lost = max(splice.backtrack - 1, 0)
+        got = [*([] if splice.backtrack else [masked.token]), *splice.ff_tokens]
+        self.resume(Decided(self._decided_index, lost, got))
+        return True
+
+    def _raise(self, error: Exception) -> bool:
+        """Raise `error` in the program, at its await."""
+        assert self.program is not None
+        self.next = Next.THINK
+        self.sampling = None
+        self.program.resume(error=error)
+        return True
+
+    def _splice(self, position: int, tokens: list[int]) -> bool:
+        """Splice within the budgets; False when that ended the branch."""
+        if position < 0:
+            self.fail(
+                f"ValueError: cannot backtrack {len(self.sequence) - position} tokens: "
+                f"the sequence has {len(self.sequence)}"
+            )
+            return False
+        if position + len(tokens) > self.group.context:
+            self.fail(
+                f"ValueError: {len(tokens)} tokens of fixed text do not fit: the sequence would have "
+                f"{position + len(tokens)} tokens and the model's context holds {self.group.context}"
+            )
+            return False
+        room = self.group.max_tokens - (position - min(position, self.sequence.prompt_len))
+        self.sequence.splice(position, tokens[:room])
+        if len(tokens) > room:
+            self.end("length")
+            return False
+        return True
+
+    def _ends_here(self) -> bool:
+        """End the branch if no token may follow."""
+        used = len(self.sequence) - self.sequence.prompt_len
+        if used >= self.group.max_tokens or len(self.sequence) >= self.group.context:
+            self.end("length")
+            return True
+        return False

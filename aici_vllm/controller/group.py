@@ -1,0 +1,131 @@
+"""The branches of one request: how they fork, wait for each other, and end."""
+
+from collections.abc import Callable
+
+from aici_vllm.controller.branch import Branch, Next
+from aici_vllm.controller.limits import Limits
+from aici_vllm.controller.program import Program, error_line
+from aici_vllm.controller.sequence import Sequence
+from aici_vllm.controller.variables import Variables
+from constraints import Vocabulary
+
+NewProgram = Callable[[Branch], Program]
+
+
+class Group:
+    """All branches of one request, in the order they were made.
+
+    Args:
+        vocabulary: of the model.
+        prompt: its tokens; never empty.
+        max_tokens: budget of each branch after the prompt; spliced tokens count.
+        context: the longest sequence the model can hold.
+        arg: the string that came with the controller.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        context: int,
+        limits: Limits | None = None,
+        arg: str = "",
+    ):
+        self.vocabulary = vocabulary
+        self.max_tokens = max_tokens
+        self.context = context
+        self.limits = limits or Limits()
+        self.arg = arg
+        self.variables = Variables(self.limits.variable_bytes)
+        self.branches = [Branch(self, 0, Sequence(prompt))]
+
+    @property
+    def root(self) -> Branch:
+        return self.branches[0]
+
+    @property
+    def finished(self) -> bool:
+        return not self.live
+
+    @property
+    def live(self) -> list[Branch]:
+        """The branches that have not ended."""
+        return [branch for branch in self.branches if branch.next is not Next.END]
+
+    def start(self, new_program: NewProgram) -> None:
+        """Make the root branch's program and run it to its first decision."""
+        try:
+            program = new_program(self.root)
+        except Exception as error:
+            self.root.fail(error_line(error))
+            return
+        self.root.start(program)
+
+    def fork(self, parent: Branch) -> list[Branch]:
+        """Carry out a fork: the children, which stand where the parent stood, each with its own future.
+
+        Branches over the limit are made too, and fail at once with an error.
+        """
+        decisions = parent.forks
+        children = [self._copy(parent) for _ in decisions[1:]]
+        parent.begin_fork(0, decisions[0])
+        for index, (child, decision) in enumerate(zip(children, decisions[1:], strict=True), start=1):
+            if child.next is not Next.END:
+                child.begin_fork(index, decision)
+        return children
+
+    def wake(self) -> list[Branch]:
+        """Resume the branches whose variables are all set."""
+        woken = []
+        for branch in self.branches:
+            if branch.next is Next.WAIT:
+                values = self.variables.get_all(branch.wanted)
+                if values is not None:
+                    branch.resume(values)
+                    branch.advance()
+                    woken.append(branch)
+        return woken
+
+    def poll(self) -> list[Branch]:
+        """Advance the branches whose program's turn is over by now."""
+        done = []
+        for branch in self.branches:
+            if branch.next is Next.THINK:
+                branch.advance()
+                if branch.next is not Next.THINK:
+                    done.append(branch)
+        return done
+
+    def end_deadlock(self) -> bool:
+        """If every live branch waits, end them all: nobody is left to set what they wait for."""
+        live = self.live
+        if not live or any(branch.next is not Next.WAIT for branch in live):
+            return False
+        for branch in live:
+            names = ", ".join(repr(name) for name in self.variables.missing(branch.wanted))
+            branch.end("deadlock", f"deadlock: every live branch waits, this one for {names}")
+        return True
+
+    def abort(self) -> None:
+        """End every live branch because the client has gone."""
+        for branch in self.live:
+            branch.end("abort")
+
+    def _copy(self, parent: Branch) -> Branch:
+        child = Branch(self, len(self.branches), parent.sequence.copy())
+        child.log_level = parent.log_level
+        child.started = parent.started
+        child.may_take_back = parent.may_take_back
+        too_many = len(self.live) >= self.limits.branches
+        self.branches.append(child)
+        assert parent.program is not None
+        if too_many:
+            child.fail(f"too many forks (max={self.limits.branches})")
+            return child
+        try:
+            child.program = parent.program.fork(child)
+        except Exception as error:
+            child.fail(error_line(error))
+        return child

@@ -1,0 +1,40 @@
+"""What a controller may use; set by the operator, never by a request."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of one request. The defaults are upstream AICI's.
+
+    Times are seconds of script time: waiting for the model is free. Sizes are bytes.
+    """
+
+    init_seconds: float = 1.0
+    step_seconds: float = 0.025
+    late_steps: int = 10
+    """How many `step_seconds` in a row a step may overrun before the branch fails."""
+    branches: int = 16
+    """Branches of one request that may live at the same time."""
+    memory: int = 64 << 20
+    log_bytes: int = 64 << 10
+    """Log kept per step; what is over is dropped, oldest first."""
+    source_bytes: int = 1 << 20
+    variable_bytes: int = 1 << 20
+    """All variables of one request together."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Limits":
+        """Limits from an operator's mapping of field names.
+
+        Raises:
+            ValueError: a name is not a limit, or a value is not a positive number.
+        """
+        names = [field.name for field in fields(cls)]
+        for name, value in config.items():
+            if name not in names:
+                raise ValueError(f"unknown limit {name!r}; the limits are {', '.join(names)}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"limit {name} must be a positive number, not {value!r}")
+        return cls(**config)

@@ -1,0 +1,157 @@
+"""What a branch does with sampled tokens until its await is over: the state behind one mask."""
+
+from collections.abc import Hashable
+from typing import Protocol
+
+import numpy as np
+
+from aici_vllm.controller.awaits import Generate
+from aici_vllm.controller.decisions import Splice
+from constraints import TokenSet, Vocabulary
+
+Row = np.ndarray
+"""A mask: int32[vocabulary.num_words], bit t set when token t may come next."""
+
+
+class Sampling(Protocol):
+    """Tells the engine which tokens may come next, and takes the one that did."""
+
+    @property
+    def temperature(self) -> float | None:
+        """Replaces the request's temperature, where set."""
+
+    @property
+    def top_p(self) -> float | None:
+        """Replaces the request's top_p, where set."""
+
+    @property
+    def finished(self) -> bool:
+        """No further token is wanted."""
+
+    def mask_key(self) -> Hashable | None:
+        """Equal keys mean equal masks; None when the mask has no name and must be sent each time."""
+
+    def mask_row(self) -> Row:
+        """The mask. Never empty."""
+
+    def accept(self, token: int) -> None:
+        """Take a sampled token.
+
+        Raises:
+            ConstraintError: the token was not allowed.
+        """
+
+    def take_forced(self) -> list[int]:
+        """Accept and return the tokens that must come next; [] when there is a choice.
+
+        They are spliced instead of sampled, at no forward pass of their own.
+        """
+
+
+class Generation:
+    """One `gen_tokens`: a constraint, a budget and a place to stop."""
+
+    __slots__ = ("_constraint", "_eos", "_tail", "_vocabulary", "finished", "request", "tokens")
+
+    def __init__(self, request: Generate, vocabulary: Vocabulary):
+        self.request = request
+        self._constraint = request.constraint
+        self._vocabulary = vocabulary
+        self._eos = frozenset(vocabulary.eos_token_ids)
+        self._tail = b""
+        self.tokens: list[int] = []
+        self.finished = request.max_tokens <= 0 or request.constraint.eos_forced()
+
+    @property
+    def temperature(self) -> float | None:
+        return self.request.temperature
+
+    @property
+    def top_p(self) -> float | None:
+        return self.request.top_p
+
+    def accept(self, token: int) -> None:
+        self.tokens.append(token)
+        if token in self._eos:
+            self.finished = True
+            return
+        self._constraint.append_token(token)
+        self.finished = (
+            len(self.tokens) >= self.request.max_tokens
+            or self._reached_stop(token)
+            or self._constraint.eos_forced()
+        )
+
+    def take_forced(self) -> list[int]:
+        run: list[int] = []
+        while not self.finished and (forced := self._constraint.forced_tokens()):
+            for token in forced:
+                run.append(token)
+                self.accept(token)
+                if self.finished:
+                    break
+        return run
+
+    def mask_key(self) -> Hashable | None:
+        key = self._constraint.state_key()
+        if key is None or not self._must_go_on():
+            return key
+        return (key, "no eos")
+
+    def mask_row(self) -> Row:
+        row = self._constraint.mask_row()
+        if self._must_go_on():
+            without_eos = row & ~self._eos_row()
+            if without_eos.any():
+                return without_eos
+        # A dead end must still sample something: the end is the only honest token.
+        return row if row.any() else self._eos_row()
+
+    def _must_go_on(self) -> bool:
+        return len(self.tokens) < self.request.min_tokens
+
+    def _eos_row(self) -> Row:
+        eos = TokenSet(self._vocabulary.size)
+        for token in self._eos:
+            eos[token] = True
+        return eos.row
+
+    def _reached_stop(self, token: int) -> bool:
+        stop = self.request.stop_at
+        if stop is None:
+            return False
+        text = self._tail + self._vocabulary.token_bytes(token)
+        self._tail = text[-(len(stop) - 1) :] if len(stop) > 1 else b""
+        return stop in text
+
+
+class MaskedToken:
+    """One token under a mask that the script made itself, for a user's `NextToken`."""
+
+    __slots__ = ("_mask", "finished", "splices", "token")
+
+    temperature = None
+    top_p = None
+
+    def __init__(self, mask: TokenSet, splices: list[Splice]):
+        self._mask = mask.row.copy()
+        self.splices = splices
+        self.token = -1
+        self.finished = False
+
+    def mask_key(self) -> Hashable | None:
+        return None
+
+    def mask_row(self) -> Row:
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        self.token = token
+        self.finished = True
+
+    def take_forced(self) -> list[int]:
+        return []
+
+    def matched(self) -> Splice | None:
+        """The splice that replaces the plain append of the sampled token, if any."""
+        return next((splice for splice in self.splices if self.token in splice.when_sampled), None)

@@ -1,0 +1,88 @@
+"""The tokens of one branch, where each came from, and the marks that a script set in them."""
+
+import enum
+from itertools import groupby
+
+
+class Origin(enum.IntEnum):
+    """Where a token came from."""
+
+    PROMPT = 0
+    SAMPLED = 1
+    SPLICED = 2
+
+
+class Sequence:
+    """Tokens that grow at the end and can be taken back.
+
+    `tokens[:kept]` stand as the engine last saw them; the engine sets `kept` to `len(tokens)` once it
+    has carried the rest out. `prompt_len` shrinks when the prompt itself is taken back.
+    """
+
+    def __init__(self, prompt: list[int]):
+        self.tokens = list(prompt)
+        self.origins = bytearray(len(prompt))
+        self.prompt_len = len(prompt)
+        self.kept = len(prompt)
+        self._marks: dict[int, int] = {}
+        self._last_mark = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add_sampled(self, token: int) -> None:
+        """Append a token that the engine sampled and therefore already holds."""
+        self.tokens.append(token)
+        self.origins.append(Origin.SAMPLED)
+        self.kept = len(self.tokens)
+
+    def splice(self, position: int, tokens: list[int]) -> None:
+        """Take back everything from `position` on and append `tokens`."""
+        if position < len(self.tokens):
+            del self.tokens[position:]
+            del self.origins[position:]
+            self.kept = min(self.kept, position)
+            self.prompt_len = min(self.prompt_len, position)
+            self._marks = {mark: at for mark, at in self._marks.items() if at <= position}
+        self.tokens += tokens
+        self.origins += bytes([Origin.SPLICED]) * len(tokens)
+
+    def mark(self, position: int) -> int:
+        """Remember `position` under a number that dies when the position is taken back."""
+        self._last_mark += 1
+        self._marks[self._last_mark] = position
+        return self._last_mark
+
+    def position(self, mark: int) -> int:
+        """Where `mark` was set.
+
+        Raises:
+            ValueError: the text it stood in was taken back.
+        """
+        try:
+            return self._marks[mark]
+        except KeyError:
+            raise ValueError("this label is gone: the text it marked was backtracked over") from None
+
+    def release(self, mark: int) -> None:
+        """Nobody can use `mark` any more."""
+        self._marks.pop(mark, None)
+
+    def settled(self) -> int:
+        """How many tokens no live mark can take back."""
+        return min(self._marks.values(), default=len(self.tokens))
+
+    def copy(self) -> "Sequence":
+        """The same tokens and marks, on their own from here on."""
+        copy = Sequence(self.tokens)
+        copy.origins = bytearray(self.origins)
+        copy.prompt_len = self.prompt_len
+        copy.kept = self.kept
+        copy._marks = dict(self._marks)
+        copy._last_mark = self._last_mark
+        return copy
+
+    def sources(self) -> list[tuple[str, int]]:
+        """Runs of tokens after the prompt with the same origin: [("spliced", 5), ("sampled", 2)]."""
+        runs = groupby(self.origins[self.prompt_len :])
+        return [(Origin(origin).name.lower(), len(list(run))) for origin, run in runs]

@@ -1,0 +1,55 @@
+"""The variables that the branches of one request share."""
+
+import threading
+
+from aici_vllm.controller.errors import LimitError
+
+
+class Variables:
+    """Name → bytes. Safe to use from several threads; every call is one atomic change."""
+
+    def __init__(self, limit_bytes: int):
+        self._limit = limit_bytes
+        self._values: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> bytes | None:
+        return self._values.get(name)
+
+    def get_all(self, names: tuple[str, ...]) -> list[bytes] | None:
+        """The values in order; None while one is missing."""
+        values = [value for name in names if (value := self._values.get(name)) is not None]
+        return values if len(values) == len(names) else None
+
+    def set(self, name: str, value: bytes) -> None:
+        """Set or replace a variable.
+
+        Raises:
+            LimitError: all variables together would be over the limit.
+        """
+        with self._lock:
+            self._store(name, value)
+
+    def append(self, name: str, value: bytes) -> None:
+        """Add to the end of a variable; a missing one starts empty.
+
+        Raises:
+            LimitError: all variables together would be over the limit.
+        """
+        with self._lock:
+            self._store(name, self._values.get(name, b"") + value)
+
+    def missing(self, names: tuple[str, ...]) -> list[str]:
+        """Those of `names` that are not set."""
+        return [name for name in names if name not in self._values]
+
+    def snapshot(self) -> dict[str, bytes]:
+        """A copy of everything."""
+        with self._lock:
+            return dict(self._values)
+
+    def _store(self, name: str, value: bytes) -> None:
+        others = sum(len(n) + len(v) for n, v in self._values.items() if n != name)
+        if others + len(name) + len(value) > self._limit:
+            raise LimitError(f"the variables of a request may hold {self._limit} bytes together")
+        self._values[name] = value

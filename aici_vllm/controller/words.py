@@ -1,0 +1,165 @@
+"""What each word of a script does to its branch, for native and sandboxed programs alike.
+
+`aici_vllm.aici` gives these words their script syntax in plain Python; the sandbox gives them theirs.
+Bad arguments raise here, so the error stands at the line of the script that made it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import constraints
+from aici_vllm.controller.awaits import Decide, FixedText, Generate, WaitVars
+from aici_vllm.controller.branch import Branch
+from aici_vllm.controller.decisions import BranchDecision, MidProcessResult
+from constraints import Constraint, Vocabulary
+
+
+def fixed_text(branch: Branch, text: str | bytes, following: int | None = None) -> FixedText:
+    """Append `text`, after taking back everything since the mark `following`.
+
+    Raises:
+        TypeError: `text` is neither str nor bytes.
+        ValueError: the mark is gone.
+    """
+    if not isinstance(text, (str, bytes)):
+        raise TypeError(f"FixedTokens takes str or bytes, not {type(text).__name__}")
+    if following is not None:
+        branch.sequence.position(following)
+    if branch.log_level >= 1:
+        branch.log.write(f"FIXED {text!r}\n")
+    return FixedText(branch.group.vocabulary.tokenize(text), following)
+
+
+def generate(
+    branch: Branch,
+    *,
+    regex: str | None = None,
+    yacc: str | None = None,
+    substring: str | None = None,
+    substring_end: str = '"',
+    options: Sequence[str] | None = None,
+    grammar: str | None = None,
+    json_schema: Any = None,
+    constraint: Constraint | None = None,
+    store_var: str | None = None,
+    stop_at: str | None = None,
+    max_tokens: int = 20,
+    min_tokens: int = 0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+) -> Generate:
+    """Sample tokens under at most one constraint.
+
+    Raises:
+        ValueError: two constraints, a number out of range, or a constraint that does not compile.
+    """
+    sources: dict[str, Callable[[Vocabulary], Constraint] | None] = {
+        "regex": regex if regex is None else lambda v: constraints.regex(v, regex),
+        "yacc": yacc if yacc is None else lambda v: constraints.yacc(v, yacc),
+        "substring": substring
+        if substring is None
+        else lambda v: constraints.substring(v, substring, substring_end),
+        "options": options if options is None else lambda v: constraints.options(v, list(options)),
+        "grammar": grammar if grammar is None else lambda v: constraints.lark(v, grammar),
+        "json_schema": json_schema
+        if json_schema is None
+        else lambda v: constraints.json_schema(v, json_schema),
+        "constraint": constraint if constraint is None else lambda v: constraint,
+    }
+    given = {name: make for name, make in sources.items() if make is not None}
+    if len(given) > 1:
+        raise ValueError(f"at most one constraint may be given, not {' and '.join(given)}")
+    _check_numbers(branch, max_tokens, min_tokens, temperature, top_p)
+    if not isinstance(stop_at, (str, type(None))):
+        raise TypeError(f"stop_at must be a string, not {type(stop_at).__name__}")
+    vocabulary = branch.group.vocabulary
+    make = next(iter(given.values()), constraints.AnyText)
+    return Generate(
+        make(vocabulary),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_at=stop_at.encode() if stop_at else None,
+        store_var=store_var,
+        temperature=temperature,
+        top_p=top_p,
+    )
+
+
+def _check_numbers(
+    branch: Branch, max_tokens: int, min_tokens: int, temperature: float | None, top_p: float | None
+) -> None:
+    if not isinstance(max_tokens, int) or max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 or more, not {max_tokens!r}")
+    if max_tokens > branch.group.context:
+        raise ValueError(
+            f"max_tokens={max_tokens} is more than the model's context of {branch.group.context} tokens"
+        )
+    if not isinstance(min_tokens, int) or not 0 <= min_tokens <= max_tokens:
+        raise ValueError(f"min_tokens must be from 0 to max_tokens, not {min_tokens!r}")
+    if temperature is not None and temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, not {temperature!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be over 0 and at most 1, not {top_p!r}")
+
+
+def fork(branch: Branch, branches: int | list[BranchDecision]) -> Decide:
+    """Become several branches: a number of equal ones, or one per decision.
+
+    Raises:
+        ValueError: fewer than one branch.
+    """
+    if isinstance(branches, int):
+        branches = [BranchDecision.noop() for _ in range(branches)]
+    if not branches:
+        raise ValueError("fork() needs at least 1 branch")
+    return Decide(MidProcessResult(branches))
+
+
+def wait_vars(branch: Branch, names: Sequence[str]) -> WaitVars:
+    """Sleep until all `names` are set."""
+    for name in names:
+        _check_name(name)
+    return WaitVars(tuple(names))
+
+
+def get_var(branch: Branch, name: str) -> bytes | None:
+    """The value of a variable; None when it is not set."""
+    return branch.group.variables.get(_check_name(name))
+
+
+def set_var(branch: Branch, name: str, value: str | bytes) -> None:
+    """Set a variable for all branches of the request."""
+    branch.group.variables.set(_check_name(name), _to_bytes(value))
+
+
+def append_var(branch: Branch, name: str, value: str | bytes) -> None:
+    """Add to the end of a variable; a missing one starts empty."""
+    branch.group.variables.append(_check_name(name), _to_bytes(value))
+
+
+def tokens_since(branch: Branch, mark: int) -> list[int]:
+    """The tokens after `mark`.
+
+    Raises:
+        ValueError: the mark is gone.
+    """
+    return branch.sequence.tokens[branch.sequence.position(mark) :]
+
+
+def text_since(branch: Branch, mark: int) -> str:
+    """The text after `mark`; bytes that are no UTF-8 become U+FFFD."""
+    return branch.group.vocabulary.detokenize(tokens_since(branch, mark)).decode(errors="replace")
+
+
+def _check_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a variable's name must be a string, not {type(name).__name__}")
+    return name
+
+
+def _to_bytes(value: str | bytes) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    raise TypeError(f"a variable holds str or bytes, not {type(value).__name__}")
