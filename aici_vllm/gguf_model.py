@@ -96,7 +96,9 @@ def convert(gguf_file: Path, folder: Path, progress: Progress | None = None) -> 
 def _field(reader: GGUFReader, name: str) -> Any:
     field = reader.get_field(name)
     if field is None:
-        raise GGUFFormatError(f"the GGUF file has no field `{name}`; only Llama models with one are converted")
+        raise GGUFFormatError(
+            f"the GGUF file has no field `{name}`; only Llama models with one are converted"
+        )
     return field.contents()
 
 
@@ -204,7 +206,9 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
 
     kind = (_field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
-        raise GGUFFormatError(f"the GGUF file's tokenizer is of kind {kind}; only ('gpt2', 'smollm') is known")
+        raise GGUFFormatError(
+            f"the GGUF file's tokenizer is of kind {kind}; only ('gpt2', 'smollm') is known"
+        )
     tokens = _field(reader, "tokenizer.ggml.tokens")
     left_right = [merge.split(" ") for merge in _field(reader, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(

