@@ -102,7 +102,7 @@ def install_torch_for_cpu() -> None:
 def pip(*arguments: str, quiet_failure: bool = False) -> None:
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     if not sys.stdout.isatty():
-        command.append("--quiet")
+        command.append("-qq")  # -q still warns about every index page that is missing
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL if quiet_failure else None)
 
 

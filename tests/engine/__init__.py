@@ -1,0 +1,1 @@
+"""Tests that run a real vLLM engine."""
