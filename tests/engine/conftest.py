@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
-# Both ends of an engine read it at every call: with it, `collective_rpc` takes a function that looks into workers.
+# Read by both ends of an engine at every call; with it, `collective_rpc` takes functions.
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 

@@ -1,4 +1,4 @@
-"""A tiny random-weight Llama with a byte-fallback tokenizer: unlike the embedded model in every way that counts."""
+"""A tiny random-weight Llama with a byte-fallback tokenizer, as unlike the embedded model as can be."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ VOCABULARY = 750
 def random_model(folder: Path, seed: int = 0) -> Path:
     """Write the model into `folder` (made if missing); the same seed gives the same files.
 
-    The tokenizer is of the SentencePiece kind: `▁` for a space, one in front of the text, unknown characters as
-    bytes. The model is float32, its output matrix is its own, and its greedy choices have clear margins.
+    The tokenizer is of the SentencePiece kind: `▁` for a space, one in front of the text, and bytes for
+    unknown characters. The model is float32, and its output matrix is not its embedding matrix.
     """
     from safetensors.numpy import save_file
 

@@ -9,7 +9,9 @@ from vllm import SamplingParams
 from tests.engine.conftest import Engines
 from tests.engine.regimes import Regime
 
-QUESTION = [{"role": "user", "content": "What is the capital of Italy? Answer in one short sentence."}]
+QUESTION: list[Any] = [
+    {"role": "user", "content": "What is the capital of Italy? Answer in one short sentence."}
+]
 
 
 def inside(worker: Any) -> tuple[str, bool]:

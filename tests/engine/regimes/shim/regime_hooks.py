@@ -28,7 +28,7 @@ def accept_triton_on_cpu() -> None:
 
 
 def let_environment_choose_async_scheduling() -> None:
-    """Turn async scheduling back on, where the environment says so, after vLLM's CPU platform turned it off."""
+    """Turn async scheduling back on, where the environment says so, after the CPU platform turned it off."""
     _after_import("vllm.platforms.cpu", _wrap_config_check)
 
 
