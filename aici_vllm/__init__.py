@@ -6,11 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aici_vllm.engine.scheduler import Scheduler
+    from aici_vllm.engine.worker import Worker
     from aici_vllm.model import embedded_model
+    from aici_vllm.offline import BranchResult, ControllerResult, Usage, engine_args, request_params, run
 
-__all__ = ["embedded_model"]
+__all__ = [
+    "BranchResult",
+    "ControllerResult",
+    "Scheduler",
+    "Usage",
+    "Worker",
+    "embedded_model",
+    "engine_args",
+    "request_params",
+    "run",
+]
 
-_HOME = {"embedded_model": "aici_vllm.model"}
+_HOME = {
+    "BranchResult": "aici_vllm.offline",
+    "ControllerResult": "aici_vllm.offline",
+    "Scheduler": "aici_vllm.engine.scheduler",
+    "Usage": "aici_vllm.offline",
+    "Worker": "aici_vllm.engine.worker",
+    "embedded_model": "aici_vllm.model",
+    "engine_args": "aici_vllm.offline",
+    "request_params": "aici_vllm.offline",
+    "run": "aici_vllm.offline",
+}
 """Where each public name lives. Names load on first use, so that importing the package imports no vLLM."""
 
 

@@ -51,6 +51,7 @@ class Branch:
         self.group = group
         self.index = index
         self.sequence = sequence
+        self.initial_prompt_len = sequence.prompt_len
         self.next = Next.THINK
         self.sampling: Sampling | None = None
         self.wanted: tuple[str, ...] = ()

@@ -115,6 +115,7 @@ class Group:
 
     def _copy(self, parent: Branch) -> Branch:
         child = Branch(self, len(self.branches), parent.sequence.copy())
+        child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level
         child.started = parent.started
         child.may_take_back = parent.may_take_back

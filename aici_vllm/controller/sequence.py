@@ -16,7 +16,8 @@ class Sequence:
     """Tokens that grow at the end and can be taken back.
 
     `tokens[:kept]` stand as the engine last saw them; the engine sets `kept` to `len(tokens)` once it
-    has carried the rest out. `prompt_len` shrinks when the prompt itself is taken back.
+    has carried the rest out. `prompt_len` shrinks when the prompt itself is taken back. `sampled` and
+    `spliced` count every token this sequence ever got, those taken back too.
     """
 
     def __init__(self, prompt: list[int]):
@@ -24,6 +25,8 @@ class Sequence:
         self.origins = bytearray(len(prompt))
         self.prompt_len = len(prompt)
         self.kept = len(prompt)
+        self.sampled = 0
+        self.spliced = 0
         self._marks: dict[int, int] = {}
         self._last_mark = 0
 
@@ -34,6 +37,7 @@ class Sequence:
         """Append a token that the engine sampled and therefore already holds."""
         self.tokens.append(token)
         self.origins.append(Origin.SAMPLED)
+        self.sampled += 1
         self.kept = len(self.tokens)
 
     def splice(self, position: int, tokens: list[int]) -> None:
@@ -46,6 +50,7 @@ class Sequence:
             self._marks = {mark: at for mark, at in self._marks.items() if at <= position}
         self.tokens += tokens
         self.origins += bytes([Origin.SPLICED]) * len(tokens)
+        self.spliced += len(tokens)
 
     def mark(self, position: int) -> int:
         """Remember `position` under a number that dies when the position is taken back."""
@@ -73,7 +78,7 @@ class Sequence:
         return min(self._marks.values(), default=len(self.tokens))
 
     def copy(self) -> "Sequence":
-        """The same tokens and marks, on their own from here on."""
+        """The same tokens and marks, on their own from here on; it counts its own tokens only."""
         copy = Sequence(self.tokens)
         copy.origins = bytearray(self.origins)
         copy.prompt_len = self.prompt_len

@@ -1,0 +1,1 @@
+"""vLLM carries out what controllers decide: scheduler, KV blocks, masks, worker, entry points."""

@@ -1,0 +1,145 @@
+"""What a request says about its controller, checked in the front-end before anything runs.
+
+A request carries a controller in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`):
+
+- `controller`: source text, or the name of a controller that the operator installed;
+- `controller_arg`: a string for it.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Coroutine
+from importlib.metadata import entry_points
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+
+from aici_vllm.controller.check import check_source
+from aici_vllm.controller.errors import BadRequestError
+from aici_vllm.controller.limits import Limits
+
+CONTROLLER = "controller"
+CONTROLLER_ARG = "controller_arg"
+CHOICES = "controller_choices"
+"""Set here for the engine: `n` of a request with more than one choice."""
+
+INSTALLED_GROUP = "aici_vllm.controllers"
+CONFIG_KEY = "aici"
+
+_NAME = re.compile(r"[A-Za-z][\w.-]{0,99}")
+
+
+def operator_config(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The operator's settings: `--additional-config '{"aici": {...}}'`."""
+    config = vllm_config.additional_config
+    settings = config.get(CONFIG_KEY, {}) if isinstance(config, dict) else {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def operator_limits(vllm_config: VllmConfig) -> Limits:
+    """The operator's limits.
+
+    Raises:
+        ValueError: a limit does not exist or is no positive number.
+    """
+    return Limits.from_config(operator_config(vllm_config).get("limits", {}))
+
+
+def is_controlled(params: Any) -> bool:
+    """Whether these sampling parameters carry a controller."""
+    return isinstance(params, SamplingParams) and CONTROLLER in (params.extra_args or {})
+
+
+def installed_controllers() -> dict[str, str]:
+    """Name → `module:function` of every controller that the operator installed."""
+    return {entry.name: entry.value for entry in entry_points(group=INSTALLED_GROUP)}
+
+
+@functools.cache
+def load_installed(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """The coroutine function behind an installed name.
+
+    Raises:
+        BadRequestError: nothing of that name is installed.
+    """
+    for entry in entry_points(group=INSTALLED_GROUP):
+        if entry.name == name:
+            controller: Callable[..., Coroutine[Any, Any, Any]] = entry.load()
+            return controller
+    known = ", ".join(sorted(installed_controllers())) or "none is installed"
+    raise BadRequestError(f"unknown controller {name!r}; installed: {known}")
+
+
+def is_name(controller: str) -> bool:
+    """Whether the text can only be a name: one word, no Python."""
+    return _NAME.fullmatch(controller) is not None
+
+
+def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> Any:
+    """Check a request that carries a controller; returns its prompt, filled if it was empty.
+
+    Raises:
+        BadRequestError: what is wrong and what to change. The server answers HTTP 400.
+    """
+    if not is_controlled(params):
+        return prompt
+    _check_flags(vllm_config)
+    _check_controller(vllm_config, params)
+    _check_combination(params)
+    if params.n > 1:
+        params.extra_args[CHOICES] = params.n
+    return _fill_empty(vllm_config, prompt)
+
+
+def _check_flags(vllm_config: VllmConfig) -> None:
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__module__", "")
+    if not str(name).startswith("aici_vllm"):
+        raise BadRequestError(
+            "this server does not run controllers: it must be started with "
+            "--scheduler-cls aici_vllm.Scheduler --worker-cls aici_vllm.Worker (or with `aici serve`)"
+        )
+
+
+def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
+    controller = params.extra_args[CONTROLLER]
+    if isinstance(controller, bytes):
+        if not operator_config(vllm_config).get("functions"):
+            raise BadRequestError("this engine takes no pickled functions: send source text or a name")
+    elif not isinstance(controller, str):
+        raise BadRequestError(f"{CONTROLLER} must be a string, not {type(controller).__name__}")
+    elif is_name(controller):
+        load_installed(controller)
+    else:
+        check_source(controller, operator_limits(vllm_config))
+    arg = params.extra_args.get(CONTROLLER_ARG, "")
+    if not isinstance(arg, str):
+        raise BadRequestError(f"{CONTROLLER_ARG} must be a string, not {type(arg).__name__}")
+
+
+def _check_combination(params: SamplingParams) -> None:
+    if params.structured_outputs is not None:
+        raise BadRequestError(
+            "a request with a controller cannot use structured outputs too: constrain inside the script"
+        )
+    if params.prompt_logprobs is not None:
+        raise BadRequestError("a request with a controller cannot ask for prompt_logprobs")
+    if params.logprobs is not None:
+        raise BadRequestError("a request with a controller cannot ask for logprobs")
+
+
+def _fill_empty(vllm_config: VllmConfig, prompt: Any) -> Any:
+    if isinstance(prompt, dict) and prompt.get("prompt_token_ids") == []:
+        return {**prompt, "prompt_token_ids": empty_prompt(vllm_config)}
+    return prompt
+
+
+def empty_prompt(vllm_config: VllmConfig) -> list[int]:
+    """What stands for an empty prompt, since a model needs a token: BOS, or a space without BOS."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    if tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id]
+    return list(tokenizer.encode(" ", add_special_tokens=False))[:1]

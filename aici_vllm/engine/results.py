@@ -1,0 +1,52 @@
+"""What a client is told about its controller when the request is over, as plain JSON."""
+
+import base64
+from typing import Any
+
+from aici_vllm.engine.controlled import Controlled, ControlledGroup
+
+RESULTS_KEY = "controller"
+"""Where the results stand in a response's `kv_transfer_params`."""
+
+
+def results(group: ControlledGroup) -> dict[str, Any]:
+    """Branches, variables and usage.
+
+    A variable that is no UTF-8 stands under `variables_base64` instead of `variables`.
+    """
+    texts, binaries = {}, {}
+    for name, value in group.group.variables.snapshot().items():
+        try:
+            texts[name] = value.decode()
+        except UnicodeDecodeError:
+            binaries[name] = base64.b64encode(value).decode()
+    members = [group.members[index] for index in sorted(group.members)]
+    return {
+        "branches": [_branch(member) for member in members],
+        "variables": texts,
+        "variables_base64": binaries,
+        "usage": _usage(members),
+    }
+
+
+def _branch(member: Controlled) -> dict[str, Any]:
+    branch = member.branch
+    tokens = branch.sequence.tokens[branch.sequence.prompt_len :]
+    return {
+        "index": branch.index,
+        "text": branch.group.vocabulary.detokenize(tokens).decode(errors="replace"),
+        "token_ids": tokens,
+        "sources": [list(run) for run in branch.sequence.sources()],
+        "finish_reason": branch.finish_reason,
+        "error": branch.error,
+        "logs": str(branch.log),
+    }
+
+
+def _usage(members: list[Controlled]) -> dict[str, int]:
+    return {
+        "sampled_tokens": sum(member.branch.sequence.sampled for member in members),
+        "spliced_tokens": sum(member.branch.sequence.spliced for member in members),
+        "forward_passes": sum(member.forward_passes for member in members),
+        "discarded_rows": sum(member.discarded for member in members),
+    }

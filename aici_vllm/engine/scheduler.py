@@ -1,0 +1,421 @@
+"""vLLM's scheduler, which asks controllers what to do with each sampled token and does it.
+
+A step runs as in vLLM: schedule, forward pass, sample, update. While the forward pass runs, the masks
+of its rows are made (`get_grammar_bitmask`). When its tokens arrive, each controlled branch takes its
+own (`_update_request_with_output`); those that want more than to sample on are settled afterwards:
+forked, spliced, parked, resumed, or ended (`_settle`).
+"""
+
+import json
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.utils import remove_all
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from aici_vllm.controller.branch import Branch, Next
+from aici_vllm.controller.group import Group
+from aici_vllm.engine.admission import CHOICES, CONTROLLER, CONTROLLER_ARG, is_controlled, operator_limits
+from aici_vllm.engine.blocks import keep_prefix, share_prefix
+from aici_vllm.engine.compat import require_supported
+from aici_vllm.engine.controlled import (
+    FINISH,
+    Controlled,
+    ControlledGroup,
+    child_request,
+    with_sampling,
+    worker_params,
+)
+from aici_vllm.engine.masks import MaskTable, StepMasks
+from aici_vllm.engine.programs import Programs
+from aici_vllm.engine.results import RESULTS_KEY, results
+from constraints import Vocabulary
+
+require_supported()
+
+logger = init_logger(__name__)
+
+MASK_TABLE_BYTES = 64 << 20
+SCRIPT_GRACE = 0.0005
+"""Seconds that a step waits for scripts in the sandbox while there is other work."""
+SCRIPT_GRACE_IDLE = 0.005
+
+
+class Scheduler(AsyncScheduler):
+    """Use with `--scheduler-cls aici_vllm.Scheduler`, together with `--worker-cls aici_vllm.Worker`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model_config = self.vllm_config.model_config
+        self.limits = operator_limits(self.vllm_config)
+        self.vocabulary = Vocabulary.from_tokenizer(
+            cached_tokenizer_from_config(model_config), size=model_config.get_vocab_size()
+        )
+        self.programs = Programs(self.limits)
+        words = self.vocabulary.num_words
+        self.masks = MaskTable(max(2 * self.max_num_running_reqs, MASK_TABLE_BYTES // (4 * words)), words)
+        self._groups: dict[str, ControlledGroup] = {}
+        self._controlled: dict[str, Controlled] = {}
+        self._thinking: set[ControlledGroup] = set()
+        self._unsettled: dict[ControlledGroup, None] = {}
+        self._outputs: list[tuple[int, EngineCoreOutput]] = []
+        manager = self.kv_cache_manager
+        manager.allocate_slots = _reclaiming(manager.allocate_slots, self._reclaim_blocks)
+
+    # Requests come and go.
+
+    def add_request(self, request: Request) -> None:
+        if not is_controlled(request.sampling_params):
+            super().add_request(request)
+            return
+        group = self._group_of(request)
+        index = _choice_index(request) if group.choices > 1 else 0
+        if index:
+            group.seats[index] = request
+        else:
+            self._adopt(group, group.group.root, request)
+        if len(group.members) + len(group.seats) == group.choices:
+            group.group.start(self.programs.maker(group.controller, group.group.arg))
+            self._settle(group)
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
+        ids = [request_ids] if isinstance(request_ids, str) else request_ids
+        ids = list(self._groups) + list(self.requests) if ids is None else list(ids)
+        for request_id in ids:
+            self._forget(request_id)
+        return super().finish_requests(ids, finished_status)
+
+    def get_num_unfinished_requests(self) -> int:
+        unfinished = super().get_num_unfinished_requests()
+        if self.pause_state is not PauseState.UNPAUSED:
+            return unfinished
+        # A script that computes, or output that waits to be sent, keeps the engine stepping.
+        return unfinished + len(self._thinking) + len(self._outputs)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        if reset_running_requests:
+            while self._reclaim_blocks(None):
+                pass
+        return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        for group in list(self._groups.values()):
+            group.group.abort()
+        self.programs.close()
+        super().shutdown()
+
+    # A step.
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._thinking:
+            self._hear_from_scripts()
+        return super().schedule(*args, **kwargs)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        waits_for_token = False
+        if self._controlled:
+            for request_id in scheduler_output.num_scheduled_tokens:
+                member = self._controlled.get(request_id)
+                if member is not None:
+                    member.forward_passes += 1
+                    waits_for_token |= member.request.num_output_placeholders > 0
+        super()._update_after_schedule(scheduler_output)
+        # The mask of a row depends on the token that is still being sampled: let the forward pass run
+        # and sample once that token is known. vLLM has this for its own structured outputs.
+        scheduler_output.pending_structured_output_tokens |= waits_for_token
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        grammar = super().get_grammar_bitmask(scheduler_output)
+        if not self._controlled:
+            return grammar
+        samplings = {}
+        for request_id in scheduler_output.num_scheduled_tokens:
+            member = self._controlled.get(request_id)
+            if member is not None and member.branch.sampling is not None and member.samples_this_step():
+                samplings[request_id] = member.branch.sampling
+        return self.masks.step(grammar, samplings) if samplings else grammar
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for group in self._unsettled:
+            self._settle(group)
+        self._unsettled.clear()
+        if self._thinking:
+            self._hear_from_scripts()
+        for client_index, output in self._outputs:
+            outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.append(output)
+        self._outputs.clear()
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        member = self._controlled.get(request.request_id)
+        if member is None:
+            return super()._update_request_with_output(request, new_token_ids, is_stale)
+        if not is_stale:
+            request.num_output_placeholders -= len(new_token_ids)
+        for token in new_token_ids:
+            request.append_output_token_ids(token)
+            if not member.branch.accept(token):
+                self._unsettled[member.group] = None
+                break
+        else:
+            self._send_settled(member)
+        if request.status == RequestStatus.RUNNING:
+            self.kv_cache_manager.cache_blocks(request, member.computed)
+        return [], False
+
+    # What branches want, carried out.
+
+    def _settle(self, group: ControlledGroup) -> None:
+        """Go on until every branch of the group waits: for a token, its script, a variable, or nothing."""
+        going_on = True
+        while going_on:
+            forking = [branch for branch in group.group.branches if branch.next is Next.FORK]
+            for branch in forking:
+                self._fork(group, branch)
+            going_on = bool(group.group.wake()) or bool(forking)
+        group.group.end_deadlock()
+        for member in list(group.members.values()):
+            self._carry_out(member)
+        if any(branch.next is Next.THINK for branch in group.group.branches):
+            self._thinking.add(group)
+        else:
+            self._thinking.discard(group)
+        if group.group.finished:
+            self._finish_group(group)
+
+    def _carry_out(self, member: Controlled) -> None:
+        if member.finished:
+            return
+        self._send_settled(member)
+        if member.branch.next is Next.END:
+            self._finish(member)
+        elif member.branch.sampling is None or member.branch.next is not Next.SAMPLE:
+            self._park(member)
+        else:
+            sampling = member.branch.sampling
+            params = with_sampling(member.params, sampling.temperature, sampling.top_p)
+            if member.parked or member.must_splice() or params is not member.request.sampling_params:
+                member.request.sampling_params = params
+                self._resubmit(member)
+
+    def _fork(self, group: ControlledGroup, branch: Branch) -> None:
+        parent = group.members[branch.index]
+        for child in group.group.fork(branch):
+            seat = group.seats.pop(child.index, None)
+            request = seat or child_request(parent, child, f"{group.root_id}/{child.index}")
+            member = self._adopt(group, child, request)
+            self._inherit(parent, member, choice=seat is not None)
+
+    def _inherit(self, parent: Controlled, child: Controlled, choice: bool) -> None:
+        """Give a forked child its tokens and the parent's KV under them."""
+        child.choice = choice
+        source, request, sequence = parent.request, child.request, child.branch.sequence
+        kept = min(sequence.kept, source.num_tokens)
+        request._block_hasher = source._block_hasher
+        request.block_hashes = source.block_hashes[: kept // self.hash_block_size]
+        sequence.kept = 0
+        child.adopt_tokens(fold=not self.use_v2_model_runner)
+        request.update_block_hashes()
+        if child.branch.next is not Next.END:
+            shared = min(parent.computed, kept, len(sequence) - 1)
+            request.num_computed_tokens = share_prefix(self.kv_cache_manager, source, request, shared)
+
+    def _adopt(self, group: ControlledGroup, branch: Branch, request: Request) -> Controlled:
+        """Put a request under a branch; it is parked until the branch wants a token."""
+        request.sampling_params = worker_params(request.sampling_params, request.request_id, branch.index)
+        member = Controlled(request, branch, group, request.sampling_params)
+        group.members[branch.index] = member
+        self._controlled[request.request_id] = member
+        self.requests[request.request_id] = request
+        if self.log_stats:
+            request.record_event(EngineCoreEventType.QUEUED)
+        return member
+
+    def _resubmit(self, member: Controlled) -> None:
+        """Queue the request with the branch's tokens, computing only what has no KV yet."""
+        if not member.parked:
+            self._take_out(member)
+        request, sequence = member.request, member.branch.sequence
+        computed = min(request.num_computed_tokens, sequence.kept, len(sequence) - 1)
+        if computed < request.num_computed_tokens:
+            request.num_computed_tokens = keep_prefix(self.kv_cache_manager, request, computed)
+        del request.block_hashes[sequence.kept // self.hash_block_size :]
+        member.adopt_tokens(fold=not self.use_v2_model_runner)
+        request.update_block_hashes()
+        member.parked = False
+        request.status = RequestStatus.WAITING
+        self._enqueue_waiting_request(request)
+
+    def _park(self, member: Controlled) -> None:
+        """Take the request out of the queues; its KV stays until somebody needs the blocks."""
+        if not member.parked:
+            self._take_out(member)
+
+    def _take_out(self, member: Controlled) -> None:
+        """Take the request out of vLLM's queues as it stands, dropping rows of it that are in flight."""
+        request = member.request
+        self._remove_from_queues(request)
+        if request.num_in_flight_tokens:
+            # As vLLM does for a streaming session: the row's token was overtaken.
+            request.drop_stale_output = True
+            request.num_stale_output_tokens = request.num_in_flight_tokens
+            member.forward_passes -= 1
+            member.discarded += 1
+        request.num_computed_tokens = member.computed
+        request.num_output_placeholders = 0
+        request.spec_token_ids = []
+        request.status = RequestStatus.WAITING
+        self._inflight_prefills.discard(request)
+        member.parked = True
+
+    def _remove_from_queues(self, request: Request) -> None:
+        if request.status == RequestStatus.RUNNING:
+            self.running = remove_all(self.running, {request})
+            return
+        self.waiting.remove_requests([request])
+        self.kv_holding_waiting.remove_requests([request])
+        self.deferred_waiting.discard(request)
+
+    # Ends.
+
+    def _finish(self, member: Controlled) -> None:
+        """Free a branch that has ended. Its choice closes, except the first, which brings the results."""
+        member.finished = True
+        request = member.request
+        self._remove_from_queues(request)
+        request.status = RequestStatus.FINISHED_STOPPED
+        self._free_request(request)
+        del self._controlled[request.request_id]
+        if member.choice and member is not member.group.root:
+            self._close_choice(member, None)
+
+    def _finish_group(self, group: ControlledGroup) -> None:
+        for request in group.seats.values():
+            self._send(request, EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.STOP))
+        self._close_choice(group.root, results(group))
+        self._drop(group)
+
+    def _close_choice(self, member: Controlled, found: dict[str, Any] | None) -> None:
+        """Send a choice's last output; vLLM drops the text of a token that comes with a stop."""
+        request, branch = member.request, member.branch
+        streamed = member.group.streamed
+        if streamed and not member.sent:
+            # vLLM's servers swallow a stream's end when no token came before it.
+            self._send(request, EngineCoreOutput(request.request_id, [self.vocabulary.eos_token_id]))
+        assert branch.finish_reason is not None
+        output = EngineCoreOutput(
+            request.request_id,
+            [],
+            finish_reason=FINISH.get(branch.finish_reason, FinishReason.ABORT),
+            stop_reason=branch.error,
+            kv_transfer_params=None if found is None else {RESULTS_KEY: found},
+        )
+        if found is not None and streamed:
+            output.stop_reason = json.dumps({RESULTS_KEY: found})
+        self._send(request, output)
+
+    def _forget(self, request_id: str) -> None:
+        """The client has gone: end the whole request, or just the choice it gave up."""
+        group = self._groups.get(request_id)
+        member = self._controlled.get(request_id)
+        if group is not None:
+            group.group.abort()
+            for member in list(group.members.values()):
+                if not member.finished:
+                    self._finish(member)
+            self._drop(group)
+        elif member is not None:
+            member.choice = False
+            member.branch.end("abort")
+            self._settle(member.group)
+
+    def _drop(self, group: ControlledGroup) -> None:
+        self._thinking.discard(group)
+        self._unsettled.pop(group, None)
+        self._groups.pop(group.root_id, None)
+
+    # Small things.
+
+    def _group_of(self, request: Request) -> ControlledGroup:
+        """The group a request belongs to; made by the first of its choices to arrive."""
+        params = request.sampling_params
+        choices = params.extra_args.get(CHOICES, 1)
+        root_id = request.request_id if choices == 1 else f"0_{request.request_id.split('_', 1)[1]}"
+        if root_id not in self._groups:
+            group = Group(
+                self.vocabulary,
+                request.prompt_token_ids,
+                max_tokens=request.max_tokens,
+                context=self.max_model_len,
+                limits=self.limits,
+                arg=params.extra_args.get(CONTROLLER_ARG, ""),
+            )
+            streamed = params.output_kind is RequestOutputKind.DELTA
+            controller = params.extra_args[CONTROLLER]
+            self._groups[root_id] = ControlledGroup(group, root_id, controller, choices, streamed)
+        return self._groups[root_id]
+
+    def _hear_from_scripts(self) -> None:
+        """Go on with the groups whose scripts have decided."""
+        busy = self.running or self.waiting or self.kv_holding_waiting
+        self.programs.wait(SCRIPT_GRACE if busy else SCRIPT_GRACE_IDLE)
+        for group in list(self._thinking):
+            if group.group.poll():
+                self._settle(group)
+
+    def _send_settled(self, member: Controlled) -> None:
+        if member.choice and (tokens := member.take_settled()):
+            output = EngineCoreOutput(member.request.request_id, tokens)
+            output.events = member.request.take_events()
+            output.prefill_stats = member.request.take_prefill_stats()
+            self._send(member.request, output)
+
+    def _send(self, request: Request, output: EngineCoreOutput) -> None:
+        self._outputs.append((request.client_index, output))
+
+    def _reclaim_blocks(self, wanting: Request | None) -> bool:
+        """Free the KV of one branch that does not run, parked ones first; False when there is none.
+
+        It is computed again, or found in the prefix cache, when the branch goes on.
+        """
+        holders = [m for m in self._controlled.values() if m.request.num_computed_tokens and not m.finished]
+        idle = [m for m in holders if m.request.status is RequestStatus.WAITING and m.request is not wanting]
+        if not idle:
+            return False
+        member = min(idle, key=lambda m: not m.parked)
+        request = member.request
+        self.kv_cache_manager.free(request)
+        request.num_computed_tokens = 0
+        if not member.parked:
+            self.kv_holding_waiting.remove_requests([request])
+            self.waiting.prepend_request(request)
+        return True
+
+
+def _choice_index(request: Request) -> int:
+    """Which of the client's choices this is: vLLM calls them `0_id`, `1_id`, …"""
+    return int(request.request_id.split("_", 1)[0])
+
+
+def _reclaiming(allocate_slots: Any, reclaim: Any) -> Any:
+    """`allocate_slots` that takes the blocks of idle branches before it gives up."""
+
+    def allocate(request: Request, *args: Any, **kwargs: Any) -> Any:
+        while (blocks := allocate_slots(request, *args, **kwargs)) is None:
+            if not reclaim(request):
+                return None
+        return blocks
+
+    return allocate
