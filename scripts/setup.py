@@ -1,7 +1,8 @@
 """Put everything the project needs into `.venv`: `python3 scripts/setup.py [cpu|cuda]`.
 
 Only the standard library is needed. A stamp in `.venv` names what was installed; while it still matches,
-nothing is done. The stamp is written last, so an interrupted run is made good by the next one.
+nothing is done. An interrupted run leaves a mark, and the next one makes `.venv` again from nothing: pip would
+take a package that was half installed for a whole one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "setup.json"
+UNFINISHED = VENV / "setup.unfinished"
 OLDEST = (3, 11)
 
 TORCH = "torch==2.13.0+cpu"
@@ -33,7 +35,10 @@ def main(argv: list[str]) -> int:
         print("usage: setup.py [cpu|cuda]", file=sys.stderr)
         return 2
     if sys.version_info < OLDEST:
-        print(f"Python {sys.version.split()[0]} is too old: 3.11 or later is needed; name one with PYTHON=…")
+        print(
+            f"Python {sys.version.split()[0]} is too old: 3.11 or later is needed; name one with PYTHON=…",
+            file=sys.stderr,
+        )
         return 1
     with one_at_a_time():
         wanted = what_to_install(build)
@@ -43,8 +48,14 @@ def main(argv: list[str]) -> int:
             install(build)
         except subprocess.CalledProcessError as error:
             print(f"set-up stopped: {' '.join(map(str, error.cmd))} failed (see above)", file=sys.stderr)
+            if error.returncode > 0:  # pip gave up by itself, and took back what it had begun.
+                UNFINISHED.unlink(missing_ok=True)
             return 1
+        except KeyboardInterrupt:
+            print("set-up interrupted; the next one starts over", file=sys.stderr)
+            return 130
         STAMP.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+        UNFINISHED.unlink()
     return 0
 
 
@@ -72,9 +83,10 @@ def read_stamp() -> dict[str, str] | None:
 
 
 def install(build: str) -> None:
-    if not venv_works():
+    if UNFINISHED.exists() or holds_other_build(build) or not venv_works():
         print("making .venv", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+    UNFINISHED.touch()
     STAMP.unlink(missing_ok=True)
     print(f"installing the project with vLLM's {build} build; the first time takes minutes", flush=True)
     if build == "cpu":
@@ -82,6 +94,12 @@ def install(build: str) -> None:
     pip("install", "--editable", f"{ROOT}[{build},test]")
     if build == "cpu":
         pip("uninstall", "--yes", *UNWANTED)
+
+
+def holds_other_build(build: str) -> bool:
+    """vLLM's two builds own the same files, so one cannot replace the other in place."""
+    stamp = read_stamp()
+    return stamp is not None and stamp.get("build") != build
 
 
 def venv_works() -> bool:
