@@ -1,8 +1,8 @@
 """Put everything the project needs into `.venv`: `python3 scripts/setup.py [cpu|cuda]`.
 
 Only the standard library is needed. A stamp in `.venv` names what was installed; while it still matches,
-nothing is done. An interrupted run leaves a mark, and the next one makes `.venv` again from nothing: pip would
-take a package that was half installed for a whole one.
+nothing is done. An interrupted run leaves a mark, and the next one makes `.venv` again from nothing: pip
+would take a package that was half installed for a whole one.
 """
 
 from __future__ import annotations
