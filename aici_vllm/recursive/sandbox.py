@@ -1,0 +1,510 @@
+"""The sandbox: one REPL session in a worker process, with state kept between blocks and rebuilt after a crash."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import keyword
+import os
+import re
+import string
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_monty import (
+    AsyncMonty,
+    ExternalModule,
+    Monty,
+    MontyComplete,
+    MontyCrashedError,
+    MontyError,
+)
+
+from .chat import call_off_loop, settle
+from .deadline import NEVER, Deadline, DeadlineExceeded, call_within
+from .sandbox_hints import hint_for
+
+MAX_WORKERS = 1024
+"""Worker processes of this host process; each live RLM node holds one while it runs (about 8 MiB)."""
+
+_STRING_MODULE = {name: getattr(string, name) for name in string.__all__ if isinstance(getattr(string, name), str)}
+
+_PRELUDE = r'''
+def __final_helper(answer):
+    return __final__(f"{answer}")
+
+def __final_var_helper(__name):
+    __name = f"{__name}".strip().strip("\"'")
+    if not __name.isidentifier():
+        return f"FINAL_VAR({__name})"
+    try:
+        __value = __eval(__name)
+    except __NameError:
+        return f"FINAL_VAR({__name})"
+    if __value is None:
+        return f"FINAL_VAR({__name})"
+    return __final__(f"{__value}")
+
+def __show_vars_helper():
+    __shown = []
+    for __name in __candidates__():
+        try:
+            __eval(__name)
+        except __NameError:
+            continue
+        __shown.append(__name)
+    return __shown
+
+def __show(__value, __depth=0):
+    if __isinstance(__value, __text_types):
+        return f"{__value[:500]!r}"
+    __is_dict = __isinstance(__value, __dict)
+    if __depth > 2 or not (__is_dict or __isinstance(__value, __list)):
+        return f"{__value!r}"[:500]
+    __parts = []
+    for __item in __value:
+        if __len(__parts) == 50:
+            __parts.append("...")
+            break
+        __shown = __show(__item, __depth + 1)
+        __parts.append(f"{__shown}: {__show(__value[__item], __depth + 1)}" if __is_dict else __shown)
+    return f"{{{', '.join(__parts)}}}" if __is_dict else f"[{', '.join(__parts)}]"
+
+__eval, __NameError, __isinstance, __len, __locals = eval, NameError, isinstance, len, locals
+__text_types, __dict, __list = (str, bytes), dict, list
+'''
+
+_REBIND = "FINAL, FINAL_VAR, SHOW_VARS = __final_helper, __final_var_helper, __show_vars_helper"
+_NAMES = '''
+{
+    __k: __show(__v)[:500]
+    for __k, __v in __locals().items()
+    if not __k.startswith("__") and __k not in __hidden__
+}
+'''
+_PRELUDE_NAMES = ("FINAL", "FINAL_VAR", "SHOW_VARS")
+_BUILTINS = frozenset(dir(__builtins__)) if not isinstance(__builtins__, dict) else frozenset(__builtins__)
+
+
+class SandboxError(RuntimeError):
+    """The sandbox could not be started or used."""
+
+
+@dataclass(frozen=True)
+class SandboxLimits:
+    """What one sandbox may use.
+
+    `block_seconds` counts only the time a block computes: while it waits for a model the clock stands still.
+    `memory_bytes` comes on top of the context's own size. `output_chars` is what is kept of one block's prints
+    before the environment shortens them for the model.
+    """
+
+    block_seconds: float = 30.0
+    memory_bytes: int = 512 * 1024 * 1024
+    output_chars: int = 1_000_000
+    recursion_depth: int = 1000
+    host_calls: int = 1_000_000
+
+
+@dataclass
+class BlockOutcome:
+    """What one block did. `error` is `Type: message`; `trace` is the sandbox's traceback with the hint below it."""
+
+    stdout: str = ""
+    stderr: str = ""
+    error: str | None = None
+    trace: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class _Output:
+    """Collects prints up to a number of characters and counts the rest."""
+
+    limit: int
+    parts: dict[str, list[str]] = field(default_factory=lambda: {"stdout": [], "stderr": []})
+    kept: int = 0
+    dropped: int = 0
+
+    def __call__(self, stream: str, text: str) -> None:
+        room = self.limit - self.kept
+        self.parts[stream].append(text[:room])
+        self.kept += min(len(text), room)
+        self.dropped += max(0, len(text) - room)
+
+    def text(self, stream: str) -> str:
+        text = "".join(self.parts[stream])
+        if self.dropped and stream == "stdout":
+            text += f"\n... ({self.dropped} more chars were printed and dropped)"
+        return text
+
+
+@dataclass
+class _Recorded:
+    """A block that ran, with the answers of its host calls: enough to run it again in a fresh worker."""
+
+    code: str
+    answers: list[tuple[str, dict[str, Any]]]
+
+
+class _Pools:
+    """The worker pools of this process, started on first use and again after a fork."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._sync: Monty | None = None
+        self._async: AsyncMonty | None = None
+
+    def _forget_parent(self) -> None:
+        if self._pid != os.getpid():
+            self._pid, self._sync, self._async = os.getpid(), None, None
+
+    def sync(self) -> Monty:
+        with self._lock:
+            self._forget_parent()
+            if self._sync is None:
+                self._sync = Monty(max_processes=MAX_WORKERS)
+                self._sync.__enter__()
+            return self._sync
+
+    async def asynchronous(self) -> AsyncMonty:
+        with self._lock:
+            self._forget_parent()
+            if self._async is not None:
+                return self._async
+            pool = self._async = AsyncMonty(max_processes=MAX_WORKERS)
+        await pool.__aenter__()
+        return pool
+
+    def close(self) -> None:
+        with self._lock:
+            if self._sync is not None and self._pid == os.getpid():
+                self._sync.__exit__(None, None, None)
+                self._sync = None
+
+
+_pools = _Pools()
+atexit.register(_pools.close)
+
+
+@contextlib.contextmanager
+def _killed_at(deadline: Deadline, pid: int | None) -> Iterator[None]:
+    """Kill worker `pid` when the deadline passes while it computes; the waiting call then fails at once."""
+    if deadline.remaining is None or pid is None:
+        yield
+        return
+    timer = threading.Timer(deadline.remaining, _kill, (pid,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 9)
+
+
+def _plain(value: Any) -> Any:
+    """A host result without string subclasses, which the sandbox does not take."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class Sandbox:
+    """One REPL session. `tools` are host functions by name; `variables` are bound before the first block.
+
+    With `asynchronous=True` every method must be awaited inside an event loop, no thread is held while the
+    sandbox or a tool works, and tools may be coroutine functions. Without it the same methods never suspend,
+    so `run_to_end` can drive them.
+    """
+
+    def __init__(
+        self,
+        tools: Mapping[str, Callable[..., Any]],
+        variables: Mapping[str, Any],
+        limits: SandboxLimits | None = None,
+        *,
+        asynchronous: bool = False,
+        on_final: Callable[[str], str] = lambda answer: f"FINAL({answer})",
+    ) -> None:
+        self.limits = limits or SandboxLimits()
+        self.tools = dict(tools)
+        self._variables = dict(variables)
+        self._asynchronous = asynchronous
+        self._private = {"__final__": on_final, "__candidates__": self._candidates}
+        self._session: Any = None
+        self._pid: int | None = None
+        self._journal: list[_Recorded] = []
+        self._names: dict[str, str] = {}
+        self._code = ""
+
+    # Life of the session
+
+    async def _open(self) -> None:
+        pool: Any = await _pools.asynchronous() if self._asynchronous else _pools.sync()
+        context = self._variables.get("context")
+        size = len(context.encode("utf-8", "surrogatepass")) if isinstance(context, str) else 0
+        session = pool.checkout(
+            script_name="repl.py",
+            limits={
+                "max_feed_duration_secs": self.limits.block_seconds,
+                "max_memory": self.limits.memory_bytes + 2 * size,
+                "max_recursion_depth": self.limits.recursion_depth,
+                "max_suspensions": self.limits.host_calls,
+            },
+            os_policy={"sleep": "zero"},
+            external_modules={"string": ExternalModule(_STRING_MODULE)},
+        )
+        await settle(session.__aenter__() if self._asynchronous else session.__enter__())
+        self._session, self._pid = session, session.worker_pid
+        try:
+            await settle(session.feed_run(_PRELUDE, inputs=self._variables))
+        except (MontyError, RuntimeError) as error:
+            await self.close()
+            raise SandboxError(
+                f"the sandbox could not load a context of {size} bytes with {self.limits.memory_bytes} bytes of memory "
+                f"({error}); raise SandboxLimits.memory_bytes"
+            ) from error
+
+    async def close(self) -> None:
+        """Hand the worker back; the state is gone."""
+        session, self._session = self._session, None
+        if session is not None:
+            leave = session.__aexit__ if self._asynchronous else session.__exit__
+            await settle(leave(None, None, None))
+
+    async def abandon(self) -> None:
+        """Drop the session in whatever state it is, together with everything it held."""
+        self._journal.clear()
+        await self.close()
+
+    # Running a block
+
+    async def run(self, code: str, deadline: Deadline = NEVER) -> BlockOutcome:
+        """Run one block and report what it printed and how it failed.
+
+        Raises:
+            DeadlineExceeded: the deadline passed; the session and its state are gone.
+        """
+        if self._session is None:
+            await self._open()
+        output, record, started = _Output(self.limits.output_chars), _Recorded(code, []), time.monotonic()
+        outcome = BlockOutcome()
+        try:
+            await self._prepare()
+            await self._feed(code, output, deadline, lambda name, args, kwargs: self._call(
+                name, args, kwargs, deadline, record))
+            self._journal.append(record)
+        except DeadlineExceeded:
+            await self.abandon()
+            raise
+        except Exception as error:
+            await self._fail(outcome, error, record, deadline)
+        outcome.stdout, outcome.stderr = output.text("stdout"), output.text("stderr")
+        outcome.seconds = time.monotonic() - started
+        return outcome
+
+    async def _prepare(self) -> None:
+        functions = {**self.tools, **self._private}
+        inputs = {name: _named(function, name) for name, function in functions.items()}
+        await settle(self._session.feed_run(_REBIND, inputs=inputs))
+
+    async def _feed(
+        self,
+        code: str,
+        output: _Output,
+        deadline: Deadline,
+        answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Awaitable[dict[str, Any]]],
+    ) -> None:
+        self._code = code
+        with _killed_at(deadline, self._pid):
+            snapshot = await settle(self._session.feed_start(code, print_callback=output))
+        while not isinstance(snapshot, MontyComplete):
+            name = getattr(snapshot, "function_name", None)
+            if name is None:
+                step: Callable[[], Any] = snapshot.resume
+            elif snapshot.is_os_function:
+                step = snapshot.resume_auto
+            else:
+                result = await answer(name, snapshot.args, snapshot.kwargs)
+                step = _resumption(snapshot, result)
+            with _killed_at(deadline, self._pid):
+                snapshot = await settle(step())
+
+    async def _call(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: Deadline, record: _Recorded
+    ) -> dict[str, Any]:
+        """Answer a host call: the result, or the exception that the block gets raised."""
+        result: dict[str, Any]
+        try:
+            if name in self._private:
+                value = self._private[name](*args)
+            elif name not in self.tools:
+                raise NameError(f"name '{name}' is not defined")
+            elif self._asynchronous:
+                value = await call_off_loop(self.tools[name], *args, **kwargs)
+            else:
+                value = await settle(call_within(deadline, self.tools[name], *args, **kwargs))
+            result = {"return_value": _plain(value)}
+        except DeadlineExceeded:
+            raise
+        except Exception as error:
+            result = {"exception": error}
+        record.answers.append((name, result))
+        return result
+
+    def _candidates(self) -> list[str]:
+        words = set(re.findall(r"[^\W\d]\w*", self._code)) | set(self._names) | set(self.tools) | {*_PRELUDE_NAMES}
+        words |= set(self._variables)
+        return sorted(w for w in words if not (w.startswith("__") or keyword.iskeyword(w) or w in _BUILTINS))
+
+    # Failing, and rebuilding what was lost
+
+    async def _fail(
+        self, outcome: BlockOutcome, error: Exception, record: _Recorded, deadline: Deadline
+    ) -> None:
+        if not isinstance(error, MontyError) and self._pid is not None and not _is_dead_session(error):
+            raise error
+        if isinstance(error, MontyCrashedError) and deadline.passed:
+            await self.abandon()
+            raise DeadlineExceeded from None
+        reason = _loss(error, self.limits)
+        if reason is None:
+            self._journal.append(record)
+            outcome.error, outcome.trace = _described(error)
+            hint = hint_for(outcome.error)
+            if hint:
+                outcome.trace += f"\nHINT: {hint}"
+            return
+        rebuilt = await self._rebuild()
+        kept = (
+            "Variables of earlier blocks were rebuilt; what this block assigned is lost."
+            if rebuilt
+            else "Variables of earlier blocks are lost; only `context` and `answer` are left. Assign again what is needed."
+        )
+        outcome.error = reason
+        outcome.trace = f"{reason}\n{kept}"
+
+    async def _rebuild(self) -> bool:
+        """Start a fresh worker and run the recorded blocks again with their recorded host answers."""
+        with contextlib.suppress(MontyError, RuntimeError):
+            await self.close()
+        self._session = None
+        await self._open()
+        started = time.monotonic()
+        try:
+            for block in self._journal:
+                if time.monotonic() - started > self.limits.block_seconds:
+                    raise SandboxError("rebuilding took longer than one block may")
+                await self._replay(block)
+        except (MontyCrashedError, SandboxError):
+            self._journal.clear()
+            with contextlib.suppress(MontyError, RuntimeError):
+                await self.close()
+            self._session = None
+            await self._open()
+            return False
+        return True
+
+    async def _replay(self, block: _Recorded) -> None:
+        answers = iter(block.answers)
+
+        async def recorded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+            expected, result = next(answers, ("", {}))
+            if expected != name:
+                raise SandboxError(f"the recorded block called {expected!r} where it calls {name!r} now")
+            return result
+
+        await self._prepare()
+        try:
+            await self._feed(block.code, _Output(0), NEVER, recorded)
+        except MontyCrashedError:
+            raise
+        except MontyError as error:
+            if _loss(error, self.limits) is not None:
+                raise SandboxError("a recorded block ran into a limit") from None
+
+    # Looking at the state
+
+    async def value(self, expression: str) -> Any:
+        """The value of a short expression over the session's variables, or None when it cannot be had."""
+        if self._session is None:
+            await self._open()
+        try:
+            return await settle(self._session.feed_run(expression))
+        except (MontyError, RuntimeError):
+            return None
+
+    async def variables(self) -> dict[str, str]:
+        """The model's variables, `context` and `answer` included, with the start of their `repr`."""
+        if self._session is None:
+            await self._open()
+        hidden = [*self.tools, *_PRELUDE_NAMES]
+        try:
+            names = await settle(self._session.feed_run(_NAMES, inputs={"__hidden__": hidden}))
+        except (MontyError, RuntimeError):
+            return dict(self._names)
+        self._names = names
+        return dict(names)
+
+    @property
+    def function_names(self) -> list[str]:
+        """The functions model code can call, helpers included."""
+        return sorted({*self.tools, *_PRELUDE_NAMES})
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A stand-in with the wanted name: the sandbox knows a host function by its name only."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    stand_in.__name__ = stand_in.__qualname__ = name
+    return stand_in
+
+
+def _resumption(snapshot: Any, result: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: snapshot.resume(result)
+
+
+def _is_dead_session(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "already been finished" in str(error)
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """`Type: message` and the traceback of an error that model code raised."""
+    if hasattr(error, "display"):
+        return error.display("type-msg"), error.display("traceback")
+    text = f"TypeError: {error}"
+    return text, text
+
+
+def _loss(error: Exception, limits: SandboxLimits) -> str | None:
+    """Why the session cannot be used any further, as `Type: message`; None when it can."""
+    if isinstance(error, MontyCrashedError) or _is_dead_session(error):
+        return f"SandboxCrashed: the sandbox process died while it ran this block ({error})."
+    text, _ = _described(error)
+    if "time limit exceeded" in text:
+        return (
+            f"TimeoutError: this block computed for more than {limits.block_seconds:g} s and was stopped. Waiting for "
+            "llm_query is not counted. Use string methods, `in` and re on whole texts rather than loops over "
+            "characters, or do the work in several blocks."
+        )
+    if "MemoryError" in text and "memory limit" in text:
+        return (
+            f"MemoryError: this block needed more than {limits.memory_bytes // 2**20} MiB and was stopped. "
+            "Work on slices, and keep fewer copies of large texts."
+        )
+    if "suspension" in text and "limit" in text:
+        return f"RuntimeError: this REPL made more than {limits.host_calls} host calls. Use the batched functions."
+    return None
