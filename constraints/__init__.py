@@ -1,0 +1,23 @@
+"""Which tokens may come next: vocabularies, token sets, and constraints on text.
+
+A constraint answers for one position of one sequence; masks that were computed once are shared by all.
+"""
+
+from constraints.constraint import AnyText, Constraint
+from constraints.errors import ConstraintError
+from constraints.guidance import lark
+from constraints.literals import options
+from constraints.regex import regex
+from constraints.token_set import TokenSet
+from constraints.vocabulary import Vocabulary
+
+__all__ = [
+    "AnyText",
+    "Constraint",
+    "ConstraintError",
+    "TokenSet",
+    "Vocabulary",
+    "lark",
+    "options",
+    "regex",
+]

@@ -1,0 +1,190 @@
+"""A constraint whose positions are the states of a machine that all its sequences share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from itertools import count
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+from constraints.constraint import Constraint
+from constraints.errors import ConstraintError
+from constraints.forced import CONTEXT, canonical_run
+from constraints.token_set import Row, TokenSet
+from constraints.vocabulary import Vocabulary
+
+State = TypeVar("State", bound=Hashable)
+
+MAX_STEPS = 200_000
+"""Remembered (state, token) pairs of one machine."""
+MAX_RUN = 4096
+"""Bytes of one forced run."""
+MAX_MACHINES = 256
+
+_numbers = count()
+
+
+class Machine(ABC, Generic[State]):
+    """States, and the tokens that lead from one to another. Immutable to its users, shared between threads.
+
+    A subclass says what bytes do; tokens, caches and forced runs follow.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.number = next(_numbers)
+        self._steps: dict[tuple[State, int], State | None] = {}
+        self._runs: dict[Hashable, list[int]] = {}
+
+    @property
+    @abstractmethod
+    def start(self) -> State:
+        """The state before any text."""
+
+    @abstractmethod
+    def step(self, state: State, text: bytes) -> State | None:
+        """The state after `text`, None when it is not allowed."""
+
+    @abstractmethod
+    def accepts(self, state: State) -> bool:
+        """Whether the text may end in `state`."""
+
+    @abstractmethod
+    def next_bytes(self, state: State) -> bytes:
+        """Every byte that may follow, ascending."""
+
+    @abstractmethod
+    def text_row(self, state: State, tokens: list[int]) -> Row:
+        """The mask of the text tokens that may follow `state`, which `tokens` led to. Writable."""
+
+    def state_key(self, state: State) -> Hashable:
+        """What the mask of `state` depends on, inside this machine."""
+        return state
+
+    def advance(self, state: State, token: int) -> State | None:
+        """The state after `token`, None when it is not allowed."""
+        key = (state, token)
+        try:
+            return self._steps[key]
+        except KeyError:
+            pass
+        text = self.vocabulary.token_bytes(token) if 0 <= token < self.vocabulary.size else b""
+        found = self.step(state, text) if text else None
+        if len(self._steps) >= MAX_STEPS:
+            self._steps.clear()
+        self._steps[key] = found
+        return found
+
+    def forced_run(self, state: State, tokens: list[int]) -> list[int]:
+        """The tokens that must follow `state`, which `tokens` led to."""
+        if self.accepts(state) or len(self.next_bytes(state)) != 1:
+            return []
+        key = (state, *tokens[-CONTEXT:])
+        run = self._runs.get(key)
+        if run is None:
+            forced, follow = self.forced_bytes(state)
+            if len(self._runs) >= MAX_STEPS // 10:
+                self._runs.clear()
+            run = self._runs[key] = canonical_run(self.vocabulary, tokens[-CONTEXT:], forced, follow)
+        return list(run)
+
+    def forced_bytes(self, state: State) -> tuple[bytes, bytes]:
+        """The bytes that must follow `state`, and those that may follow them."""
+        forced = bytearray()
+        follow = self.next_bytes(state)
+        while len(follow) == 1 and not self.accepts(state) and len(forced) < MAX_RUN:
+            after = self.step(state, follow)
+            if after is None:
+                break
+            forced += follow
+            state, follow = after, self.next_bytes(after)
+        return bytes(forced), follow
+
+
+class MachineConstraint(Constraint, Generic[State]):
+    """A position in a machine. `fork` and `rollback` cost nothing but the list of tokens."""
+
+    vocabulary: Vocabulary
+
+    def __init__(self, machine: Machine[State]):
+        super().__init__(machine.vocabulary)
+        self.machine = machine
+        self._state = machine.start
+        self._tokens: list[int] = []
+        self._states: list[State] = [machine.start]
+
+    def eos_allowed(self) -> bool:
+        return self.machine.accepts(self._state)
+
+    def eos_forced(self) -> bool:
+        return self.machine.accepts(self._state) and not self.machine.next_bytes(self._state)
+
+    def token_allowed(self, token: int) -> bool:
+        if token in self.vocabulary.eos_token_ids:
+            return self.eos_allowed()
+        return self.machine.advance(self._state, token) is not None
+
+    def allow_tokens(self, allowed: TokenSet) -> None:
+        allowed.row[:] = self.mask_row()
+
+    def append_token(self, token: int) -> None:
+        if token not in self.vocabulary.eos_token_ids:
+            after = self.machine.advance(self._state, token)
+            if after is None:
+                raise self._refusal(token)
+            self._state = after
+        self._tokens.append(token)
+        self._states.append(self._state)
+
+    def forced_tokens(self) -> list[int]:
+        return self.machine.forced_run(self._state, self._tokens)
+
+    def state_key(self) -> Hashable:
+        return self.machine.number, self.machine.state_key(self._state)
+
+    def _make_row(self) -> Row:
+        row = self.machine.text_row(self._state, self._tokens)
+        if self.machine.accepts(self._state):
+            row |= self.vocabulary.eos_row
+        return row
+
+    def rollback(self, count: int) -> None:
+        if not 0 <= count <= len(self._tokens):
+            raise ConstraintError(f"cannot take back {count} of {len(self._tokens)} tokens")
+        if count:
+            del self._tokens[-count:], self._states[-count:]
+            self._state = self._states[-1]
+
+    def fork(self) -> MachineConstraint[State]:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._tokens = self._tokens.copy()
+        twin._states = self._states.copy()
+        return twin
+
+
+class _Compiled:
+    """What was compiled lately, by what it was compiled from."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable, compile: Callable[[], Any]) -> Any:
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        made = compile()
+        with self._lock:
+            kept = self._kept.setdefault(key, made)
+            while len(self._kept) > MAX_MACHINES:
+                self._kept.popitem(last=False)
+            return kept
+
+
+compiled = _Compiled()
+"""Equal sources give one machine, and so share masks."""

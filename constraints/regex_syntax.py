@@ -1,0 +1,467 @@
+"""The regex language: text to a syntax tree of code point sets, and the tree back to text for other engines."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+from constraints.errors import ConstraintError
+
+Ranges = tuple[tuple[int, int], ...]
+"""Code points as sorted, disjoint, inclusive ranges."""
+
+MAX_DEPTH = 100
+MAX_POSITIONS = 20_000
+"""Characters that a pattern may match in sequence, counted repeats written out."""
+
+TOP = 0x10FFFF
+SURROGATES = (0xD800, 0xDFFF)
+
+
+@dataclass(frozen=True)
+class Chars:
+    """One character out of `ranges`."""
+
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Cat:
+    """One part after another."""
+
+    parts: tuple[Tree, ...]
+
+
+@dataclass(frozen=True)
+class Alt:
+    """Any of the options."""
+
+    options: tuple[Tree, ...]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """`low` to `high` times `body`; `high` is None for no bound."""
+
+    body: Tree
+    low: int
+    high: int | None
+
+
+Tree = Chars | Cat | Alt | Repeat
+EMPTY_TEXT = Cat(())
+
+
+def normal(ranges: list[tuple[int, int]]) -> Ranges:
+    """Sorted and merged, surrogates removed: no text has them."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    kept: list[tuple[int, int]] = []
+    for low, high in merged:
+        before, after = (low, min(high, SURROGATES[0] - 1)), (max(low, SURROGATES[1] + 1), high)
+        kept += [part for part in ((low, high),) if high < SURROGATES[0] or low > SURROGATES[1]]
+        if low <= SURROGATES[1] and high >= SURROGATES[0]:
+            kept += [part for part in (before, after) if part[0] <= part[1]]
+    return tuple(kept)
+
+
+def negate(ranges: Ranges) -> Ranges:
+    gaps, start = [], 0
+    for low, high in ranges:
+        gaps.append((start, low - 1))
+        start = high + 1
+    gaps.append((start, TOP))
+    return normal([gap for gap in gaps if gap[0] <= gap[1]])
+
+
+def of_chars(text: str) -> Ranges:
+    return normal([(ord(c), ord(c)) for c in text])
+
+
+DIGIT = ((0x30, 0x39),)
+WORD = normal([(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
+SPACE = of_chars(" \t\n\r\f\v")
+DOT = negate(of_chars("\n"))
+ANY = negate(())
+CLASSES = {"d": DIGIT, "w": WORD, "s": SPACE, "D": negate(DIGIT), "W": negate(WORD), "S": negate(SPACE)}
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b", "0": "\0"}
+POSIX = {
+    "alpha": ((0x41, 0x5A), (0x61, 0x7A)),
+    "digit": DIGIT,
+    "alnum": ((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)),
+    "upper": ((0x41, 0x5A),),
+    "lower": ((0x61, 0x7A),),
+    "space": SPACE,
+    "blank": of_chars(" \t"),
+    "punct": ((0x21, 0x2F), (0x3A, 0x40), (0x5B, 0x60), (0x7B, 0x7E)),
+    "xdigit": ((0x30, 0x39), (0x41, 0x46), (0x61, 0x66)),
+    "word": WORD,
+    "cntrl": ((0x00, 0x1F), (0x7F, 0x7F)),
+    "print": ((0x20, 0x7E),),
+    "graph": ((0x21, 0x7E),),
+    "ascii": ((0x00, 0x7F),),
+}
+HEX_LENGTH = {"x": 2, "u": 4, "U": 8}
+
+
+@cache
+def category(name: str) -> Ranges | None:
+    """The code points of a Unicode general category such as `L` or `Lu`; None when there is no such one."""
+    found: list[tuple[int, int]] = []
+    for code in range(TOP + 1):
+        if unicodedata.category(chr(code)).startswith(name):
+            if found and found[-1][1] == code - 1:
+                found[-1] = (found[-1][0], code)
+            else:
+                found.append((code, code))
+    return normal(found) or None
+
+
+@cache
+def any_case(ranges: Ranges) -> Ranges:
+    """`ranges` with the other case of every character, where that is one character."""
+    found = list(ranges)
+    for low, high in ranges:
+        # Large ranges are rare and their cased letters few; above the last cased plane nothing folds.
+        for code in range(low, min(high, 0x1E943) + 1):
+            for other in (chr(code).lower(), chr(code).upper()):
+                if len(other) == 1 and ord(other) != code:
+                    found.append((ord(other), ord(other)))
+    return normal(found)
+
+
+def parse(pattern: str) -> Tree:
+    """The syntax tree of `pattern`, a full match of which is wanted.
+
+    The language is what Python's and Rust's engines share: `\\d \\w \\s` are ASCII, `.` is any character but a
+    newline, lazy quantifiers match what greedy ones do. `ConstraintError` names the place of anything else.
+    """
+    tree = _Parser(pattern).parse()
+    if (size := positions(tree)) > MAX_POSITIONS:
+        raise ConstraintError(
+            f"regex {shown(pattern)} describes up to {size} characters in sequence; {MAX_POSITIONS} are allowed,"
+            " so use smaller repeat counts or an open-ended repeat"
+        )
+    return tree
+
+
+def positions(tree: Tree) -> int:
+    """Characters in `tree` with its counted repeats written out."""
+    match tree:
+        case Chars():
+            return 1
+        case Cat(parts):
+            return sum(map(positions, parts))
+        case Alt(options):
+            return sum(map(positions, options))
+        case Repeat(body, low, high):
+            return positions(body) * max(1, low if high is None else high)
+
+
+def shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 60 else pattern[:57] + "...")
+
+
+class _Parser:
+    """Recursive descent over one pattern. `self.at` is the next character to read."""
+
+    def __init__(self, pattern: str):
+        self.pattern = pattern
+        self.at = 0
+        self.depth = 0
+        self.ignore_case = False
+        self.dot_all = False
+
+    def parse(self) -> Tree:
+        tree = self._alternation()
+        if self.at < len(self.pattern):
+            raise self._error("unbalanced ')'")
+        return tree
+
+    def _error(self, what: str, at: int | None = None) -> ConstraintError:
+        place = self.at if at is None else at
+        return ConstraintError(f"regex {shown(self.pattern)}: {what} at character {place}")
+
+    def _peek(self, text: str) -> bool:
+        return self.pattern.startswith(text, self.at)
+
+    def _take(self, text: str) -> bool:
+        if self._peek(text):
+            self.at += len(text)
+            return True
+        return False
+
+    def _next(self, wanted: str) -> str:
+        if self.at >= len(self.pattern):
+            raise self._error(f"the pattern ends where {wanted} is expected")
+        self.at += 1
+        return self.pattern[self.at - 1]
+
+    def _alternation(self) -> Tree:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise self._error(f"groups nest deeper than {MAX_DEPTH}")
+        options = [self._sequence()]
+        while self._take("|"):
+            options.append(self._sequence())
+        self.depth -= 1
+        return options[0] if len(options) == 1 else Alt(tuple(options))
+
+    def _sequence(self) -> Tree:
+        parts: list[Tree] = []
+        while self.at < len(self.pattern) and self.pattern[self.at] not in "|)":
+            part = self._atom()
+            if part is not None:
+                parts.append(self._quantified(part))
+        return parts[0] if len(parts) == 1 else Cat(tuple(parts))
+
+    def _atom(self) -> Tree | None:
+        """The next atom; None for an anchor that a full match makes redundant, or for flags."""
+        at = self.at
+        char = self._next("an atom")
+        if char == "(":
+            return self._group(at)
+        if char == "[":
+            return Chars(self._cased(self._char_class(at)))
+        if char == ".":
+            return Chars(ANY if self.dot_all else DOT)
+        if char == "\\":
+            return self._escape_atom(at)
+        if char in "^$":
+            return self._anchor(char, at)
+        if char in "*+?":
+            raise self._error(f"nothing to repeat before '{char}'", at)
+        return Chars(self._cased(of_chars(char)))
+
+    def _cased(self, ranges: Ranges) -> Ranges:
+        return any_case(ranges) if self.ignore_case else ranges
+
+    def _anchor(self, name: str, at: int) -> None:
+        """Anchors at the ends of the pattern, or of its alternatives, say what a full match says anyway."""
+        if name in ("^", "\\A"):
+            outermost = self.depth == 1 and (at == 0 or self.pattern[at - 1] == "|" or self.pattern[at - 1] == ")")
+            if outermost and (at == 0 or self.pattern[at - 1] == "|" or self._only_flags(at)):
+                return
+        elif self.depth == 1 and (self.at == len(self.pattern) or self.pattern[self.at] == "|"):
+            return
+        raise self._error(f"'{name}' in the middle of the pattern can never match and is not supported", at)
+
+    def _only_flags(self, at: int) -> bool:
+        return self.pattern.startswith("(?") and self.pattern.find(")") == at - 1
+
+    def _group(self, at: int) -> Tree | None:
+        saved = self.ignore_case, self.dot_all
+        if self._take("?"):
+            if self._peek("P<") or (self._peek("<") and not self._peek("<=") and not self._peek("<!")):
+                end = self.pattern.find(">", self.at)
+                name = self.pattern[self.at : end].lstrip("P<")
+                if end < 0 or not name.isidentifier():
+                    raise self._error("bad group name")
+                self.at = end + 1
+            elif not self._take(":") and self._flags():
+                return None
+        tree = self._alternation()
+        if not self._take(")"):
+            raise self._error("this group is never closed", at)
+        self.ignore_case, self.dot_all = saved
+        return tree
+
+    def _flags(self) -> bool:
+        """Read `ims-u:` or `ims)` of an inline group; True when the flags hold for the rest of the group."""
+        at = self.at
+        for start, name in (("=", "look-ahead"), ("!", "look-ahead"), ("<", "look-behind"), (">", "atomic group"),
+                            ("P=", "back reference"), ("P>", "recursion"), ("#", "comment"), ("(", "condition")):  # fmt: skip
+            if self._peek(start):
+                raise self._error(f"a {name} is not supported", at - 2)
+        value = True
+        while (char := self._next("a flag or ':'")) not in ":)":
+            if char == "-":
+                value = False
+            elif char == "i":
+                self.ignore_case = value
+            elif char == "s":
+                self.dot_all = value
+            elif char != "u" or not value:
+                raise self._error(f"flag '{char}' is not supported", self.at - 1)
+        return char == ")"
+
+    def _quantified(self, body: Tree) -> Tree:
+        at = self.at
+        bounds = self._bounds()
+        if bounds is None:
+            return body
+        if self._take("+"):
+            raise self._error("possessive repeats are not supported", self.at - 1)
+        self._take("?")
+        if self._bounds() is not None:
+            raise self._error("a repeat of a repeat needs a group", at)
+        low, high = bounds
+        if high is not None and high < low:
+            raise self._error(f"the repeat {{{low},{high}}} has its bounds swapped", at)
+        return Repeat(body, low, high)
+
+    def _bounds(self) -> tuple[int, int | None] | None:
+        for sign, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
+            if self._take(sign):
+                return bounds
+        end = self.pattern.find("}", self.at)
+        if not self._peek("{") or end < 0:
+            return None
+        low, comma, high = self.pattern[self.at + 1 : end].partition(",")
+        if not (low + high).isdecimal() or not (low + high).isascii() or not (low.isdecimal() or comma):
+            return None
+        if (low and not low.isdecimal()) or (high and not high.isdecimal()):
+            return None
+        if max(len(low), len(high)) > 9:
+            raise self._error("the repeat count is too large")
+        self.at = end + 1
+        return int(low or 0), (int(high) if high else None) if comma else int(low)
+
+    def _escape_atom(self, at: int) -> Tree | None:
+        char = self._next("an escaped character")
+        if char in "AzZ":
+            return self._anchor("\\" + char, at)
+        if char in "bBG":
+            raise self._error(f"the assertion '\\{char}' is not supported", at)
+        if char.isdecimal() and char != "0" or char == "k":
+            raise self._error("a back reference is not supported", at)
+        ranges = self._escape(char, at)
+        return Chars(self._cased(ranges))
+
+    def _escape(self, char: str, at: int) -> Ranges:
+        """The characters of the escape whose letter is `char`."""
+        if char in CLASSES:
+            return CLASSES[char]
+        if char in "pP":
+            return self._property(char == "P", at)
+        if char in HEX_LENGTH:
+            return self._code_point(char, at)
+        if char in ESCAPES:
+            return of_chars(ESCAPES[char])
+        if char.isalnum() and char.isascii():
+            raise self._error(f"the escape '\\{char}' is not supported", at)
+        return of_chars(char)
+
+    def _code_point(self, kind: str, at: int) -> Ranges:
+        if self._take("{"):
+            end = self.pattern.find("}", self.at)
+            digits = self.pattern[self.at : end] if end >= 0 else ""
+            self.at = end + 1
+        else:
+            digits = self.pattern[self.at : self.at + HEX_LENGTH[kind]]
+            self.at += len(digits)
+            if len(digits) != HEX_LENGTH[kind]:
+                raise self._error(f"'\\{kind}' needs {HEX_LENGTH[kind]} hexadecimal digits", at)
+        if not digits or len(digits) > 8 or any(d not in "0123456789abcdefABCDEF" for d in digits):
+            raise self._error(f"'{digits}' is not a hexadecimal code point", at)
+        code = int(digits, 16)
+        if code > TOP or SURROGATES[0] <= code <= SURROGATES[1]:
+            raise self._error(f"U+{code:X} is not a character", at)
+        return ((code, code),)
+
+    def _property(self, negated: bool, at: int) -> Ranges:
+        name = self._next("a property")
+        if name == "{":
+            end = self.pattern.find("}", self.at)
+            if end < 0:
+                raise self._error("the property name is never closed", at)
+            name, self.at = self.pattern[self.at : end], end + 1
+        if name.startswith("^"):
+            name, negated = name[1:], not negated
+        known = category(name) if 1 <= len(name) <= 2 and name[0] in "LMNPSZC" else None
+        if name == "Any":
+            known = ANY
+        if known is None:
+            raise self._error(f"the Unicode property '{name}' is not supported; use a general category", at)
+        return negate(known) if negated else known
+
+    def _char_class(self, at: int) -> Ranges:
+        negated = self._take("^")
+        found: list[tuple[int, int]] = []
+        first = True
+        while first or not self._peek("]"):
+            if self.at >= len(self.pattern):
+                raise self._error("this '[' is never closed", at)
+            if self._peek("&&"):
+                raise self._error("class intersection '&&' is not supported")
+            found += self._class_item()
+            first = False
+        self.at += 1
+        ranges = normal(found)
+        # Case must be folded before the complement is taken: (?i)[^a] excludes A too.
+        ranges = self._cased(ranges)
+        return negate(ranges) if negated else ranges
+
+    def _class_item(self) -> list[tuple[int, int]]:
+        at = self.at
+        if self._take("[:"):
+            end = self.pattern.find(":]", self.at)
+            name = self.pattern[self.at : end] if end >= 0 else ""
+            known = POSIX.get(name.lstrip("^"))
+            if known is None:
+                raise self._error(f"'[:{name}:]' is not a POSIX class", at)
+            self.at = end + 2
+            return list(negate(known) if name.startswith("^") else known)
+        low = self._class_char()
+        is_range = self._peek("-") and self.pattern[self.at + 1 : self.at + 2] not in ("]", "")
+        if not is_range:
+            return list(low)
+        self.at += 1
+        high = self._class_char()
+        if len(low) != 1 or low[0][0] != low[0][1] or len(high) != 1 or high[0][0] != high[0][1]:
+            raise self._error("a range needs a single character on both sides", at)
+        if high[0][0] < low[0][0]:
+            raise self._error(f"the range {self.pattern[at:self.at]} has its ends swapped", at)
+        return [(low[0][0], high[0][0])]
+
+    def _class_char(self) -> Ranges:
+        at = self.at
+        char = self._next("a character")
+        if char != "\\":
+            return of_chars(char)
+        letter = self._next("an escaped character")
+        return of_chars("\b") if letter == "b" else self._escape(letter, at)
+
+
+def render(tree: Tree) -> str:
+    """`tree` as a regex in which every character is explicit, so that every engine reads it alike."""
+    match tree:
+        case Chars(ranges):
+            return _render_chars(ranges)
+        case Cat(parts):
+            return "".join(f"(?:{render(p)})" if isinstance(p, Alt) else render(p) for p in parts)
+        case Alt(options):
+            return "|".join(map(render, options))
+        case Repeat(body, low, high):
+            if high == 0:
+                return ""
+            inner = render(body)
+            if not inner:
+                return ""
+            bounds = {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((low, high))
+            atom = inner if isinstance(body, Chars) else f"(?:{inner})"
+            return atom + (bounds or f"{{{low},{'' if high is None else high}}}")
+
+
+def _render_chars(ranges: Ranges) -> str:
+    if len(ranges) == 1 and ranges[0][0] == ranges[0][1] and chr(ranges[0][0]).isalnum() and ranges[0][0] < 128:
+        return chr(ranges[0][0])
+    return "[" + "".join(f"\\x{{{a:x}}}-\\x{{{b:x}}}" if a != b else f"\\x{{{a:x}}}" for a, b in ranges) + "]"
+
+
+def has_match(tree: Tree) -> bool:
+    """Whether any text matches: a class may be empty."""
+    match tree:
+        case Chars(ranges):
+            return bool(ranges)
+        case Cat(parts):
+            return all(map(has_match, parts))
+        case Alt(options):
+            return any(map(has_match, options))
+        case Repeat(body, low, high):
+            return low == 0 or high == 0 or has_match(body)
