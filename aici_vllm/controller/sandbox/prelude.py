@@ -38,19 +38,19 @@ def _aici_make_words(host):
     aici.fork_supported = lambda: True
     aici.backtrack_supported = lambda: True
 
-    new_label = host["Label"]
-    tokens_since = host["tokens_since"]
-    text_since = host["text_since"]
+    ask_label = host["Label"]
+    ask_tokens = host["tokens_since"]
+    ask_text = host["text_since"]
 
     class Label:
         def __init__(self, *args):
-            self.mark = new_label(aici.log_level, *args)
+            self.mark = ask_label(aici.log_level, *args)
 
         def tokens_since(self):
-            return tokens_since(aici.log_level, self.mark)
+            return ask_tokens(aici.log_level, self.mark)
 
         def text_since(self):
-            return text_since(aici.log_level, self.mark)
+            return ask_text(aici.log_level, self.mark)
 
     aici.Label = Label
 

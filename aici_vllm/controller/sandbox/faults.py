@@ -1,0 +1,81 @@
+"""What a client reads when a script fails: its own lines and its own words, nothing of the sandbox's."""
+
+from collections.abc import Iterator
+
+from pydantic_monty import Frame, MontyRuntimeError, MontySyntaxError
+
+from aici_vllm.controller.limits import Limits
+from aici_vllm.controller.program import Raised
+
+SCRIPT_FILE = "<python-input-1>"
+"""How the sandbox names the script: what it was fed second, after the prelude."""
+
+SHOWN_FRAMES = 20
+"""Frames that a traceback in the logs lists; recursion has a thousand."""
+
+UNSUPPORTED = "The monty syntax parser does not yet support "
+
+CATCHABLE = (
+    "AssertionError",
+    "AttributeError",
+    "IndexError",
+    "KeyError",
+    "MemoryError",
+    "NotImplementedError",
+    "OverflowError",
+    "RecursionError",
+    "TypeError",
+    "ValueError",
+    "LookupError",
+    "ArithmeticError",
+    "OSError",
+    "RuntimeError",
+)
+"""Exceptions that the sandbox knows and a word may raise."""
+
+
+def sandbox_exception(error: Exception) -> str:
+    """The sandbox's name for the nearest class of `error` that it knows."""
+    names = [cls.__name__ for cls in type(error).__mro__]
+    return next((name for name in names if name in CATCHABLE), "RuntimeError")
+
+
+def script_fault(error: MontyRuntimeError | MontySyntaxError, source: str, limits: Limits) -> Raised:
+    """The end of a script that raised."""
+    lines = source.split("\n")
+    frames = [f for f in error.traceback() if f.filename == SCRIPT_FILE and f.line <= len(lines)]
+    message = _in_our_words(" ".join(error.display(format="type-msg").split("\n")), limits)
+    details = [f"{message}\n"]
+    if frames:
+        details = ["Traceback (most recent call last):\n", *_traceback(frames, lines), *details]
+        message = f"{message} (line {frames[-1].line})"
+    return Raised(message, "".join(details))
+
+
+def _in_our_words(message: str, limits: Limits) -> str:
+    if message.startswith("TimeoutError: turn time limit exceeded"):
+        return f"TimeoutError: {time_limit(limits, started=False)}"
+    if message.startswith("MemoryError: ") and "memory limit" in message:
+        return f"MemoryError: a script may use {limits.memory} bytes of memory"
+    if UNSUPPORTED in message:
+        return f"SyntaxError: the sandbox does not run {message.split(UNSUPPORTED)[1]}"
+    return message.replace("Internal error in monty: ", "in the sandbox ")
+
+
+def time_limit(limits: Limits, started: bool) -> str:
+    """The sentence about the time limit that a script broke."""
+    if started:
+        seconds = limits.step_seconds * limits.late_steps
+        return f"a script may compute for {seconds:g} s between two awaits"
+    return f"a script may compute for {limits.init_seconds:g} s before its first await"
+
+
+def _traceback(frames: list[Frame], lines: list[str]) -> Iterator[str]:
+    cut = len(frames) - SHOWN_FRAMES
+    for number, frame in enumerate(frames):
+        if cut > 0 and number == SHOWN_FRAMES // 2:
+            yield f"  ... {cut} more ...\n"
+        if cut > 0 and SHOWN_FRAMES // 2 <= number < SHOWN_FRAMES // 2 + cut:
+            continue
+        yield f'  File "<script>", line {frame.line}, in {frame.function_name or "<module>"}\n'
+        yield f"    {lines[frame.line - 1].strip()}\n"
