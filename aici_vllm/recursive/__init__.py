@@ -1,4 +1,4 @@
-"""Recursive language models: a model that works on a long context by writing code and calling models on pieces."""
+"""Recursive language models: a long context is worked on by code and by model calls on its pieces."""
 
 from .async_backends import AsyncChildRLMBackend
 from .backends import (

@@ -92,7 +92,12 @@ class DirectLMBackend:
     """Every query is one plain model call; recursive queries are the same."""
 
     def __init__(
-        self, llm_chat_fn: ChatFn, *, depth: int = 0, limits: BackendLimits | None = None, strict: bool = False
+        self,
+        llm_chat_fn: ChatFn,
+        *,
+        depth: int = 0,
+        limits: BackendLimits | None = None,
+        strict: bool = False,
     ) -> None:
         self.llm_chat_fn = llm_chat_fn
         self.depth = depth
@@ -246,7 +251,7 @@ class LocalChildRLMBackend(DirectLMBackend):
 
 
 class _ChildCall:
-    """One child run, from its start callback to its trace; as a context manager, so that no exit is missed."""
+    """One child run, from its start callback to its trace; a context manager, so that no exit is missed."""
 
     def __init__(self, backend: LocalChildRLMBackend, prompt: str, model: str | None) -> None:
         self.backend, self.prompt = backend, prompt

@@ -10,7 +10,7 @@ from typing import Any
 
 Message = dict[str, str]
 ChatFn = Callable[..., str]
-"""`(messages, model) -> str`, or `(messages) -> str`. A function meant for `arun` may be a coroutine function."""
+"""`(messages, model) -> str`, or `(messages) -> str`; for `arun` it may be a coroutine function."""
 
 
 @dataclass(frozen=True)
@@ -116,5 +116,5 @@ def run_to_end(coroutine: Awaitable[Any]) -> Any:
         next(runner)
     except StopIteration as stop:
         return stop.value
-    runner.close()  # type: ignore[attr-defined]
+    runner.close()
     raise TypeError("a coroutine function was given to a synchronous call; use arun, areset or astep instead")

@@ -68,5 +68,9 @@ def create_server_recursive_controller(
         limits=limits,
     )
     return RecursiveController(
-        backend.query, backend.query_batched, backend.recursive_query, backend.recursive_query_batched, backend
+        backend.query,
+        backend.query_batched,
+        backend.recursive_query,
+        backend.recursive_query_batched,
+        backend,
     )

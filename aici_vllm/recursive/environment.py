@@ -24,13 +24,13 @@ _PARTIAL_ANSWER = """f"{answer['content']}" """
 class REPLEnvironment:
     """Runs code blocks on a context and says when the task is finished, and with which answer.
 
-    A final answer is taken, in this order, from the helpers `FINAL(...)` and `FINAL_VAR(...)` wherever the block
-    called them, from a marker that fills whole lines of the output and does not stand in the context, and from
-    the `answer` dict once its `ready` is set. With `strict=True` markers in the output are ignored.
+    A final answer is taken, in this order, from the helpers `FINAL(...)` and `FINAL_VAR(...)` wherever the
+    block called them, from a marker that fills whole lines of the output and does not stand in the context,
+    and from the `answer` dict once its `ready` is set. With `strict=True` markers in the output are ignored.
 
     `reset` and `step` are synchronous. `areset` and `astep` do the same inside an event loop, hold no thread
-    while they wait, and take coroutine functions as `llm_query_fn` and the others. An episode is driven with one
-    or the other, not with both.
+    while they wait, and take coroutine functions as `llm_query_fn` and the others. An episode is driven with
+    one or the other, not with both.
     """
 
     SUPPORTS_CONCURRENT_SESSIONS = True
@@ -111,8 +111,9 @@ class REPLEnvironment:
         return self._first_observation()
 
     def step(self, action: REPLAction, timeout_s: float | None = None, **kwargs: Any) -> REPLObservation:
-        """Run one block, or take an explicit final answer. `timeout_s` is accepted and not used: the time of a
-        block is limited by `sandbox_limits`.
+        """Run one block, or take an explicit final answer.
+
+        `timeout_s` is accepted and not used: the time of a block is limited by `sandbox_limits`.
 
         Raises:
             RuntimeError: `reset` was not called.
@@ -184,7 +185,11 @@ class REPLEnvironment:
         if context:
             variables["context"] = context
         self._executor = Sandbox(
-            self._tools(), variables, self.sandbox_limits, asynchronous=asynchronous, on_final=self._take_final
+            self._tools(),
+            variables,
+            self.sandbox_limits,
+            asynchronous=asynchronous,
+            on_final=self._take_final,
         )
         self._state = REPLState(
             episode_id=episode_id or str(uuid4()),

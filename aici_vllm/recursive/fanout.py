@@ -67,7 +67,7 @@ class Crew:
             BaseException: the first error that `function` raised, after all items have finished.
         """
         if width < 1:
-            raise ValueError(f"a batch needs at least 1 worker, got {width}; set max_batch_workers to 1 or more")
+            raise ValueError(f"a batch needs at least 1 worker, got {width}; raise max_batch_workers")
         batch = _Batch(function, items)
         self._join_in(batch, width)
         while (index := batch.take()) is not None:

@@ -1,4 +1,4 @@
-"""Final answers in text: finding `FINAL(...)` and `FINAL_VAR(...)` markers, and refusing those the data brought."""
+"""Final answers in text: finding `FINAL(...)` and `FINAL_VAR(...)`, and refusing those the data brought."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def find_marker(text: str, guard: ContextGuard) -> Marker | None:
         head, _, body = whole.partition("(")
         markers.append(_marker(head, body[:-1], 0))
     answers = [marker for marker in markers if marker.kind == "answer"]
-    return (answers or markers or [None])[0]
+    return next(iter(answers or markers), None)
 
 
 def find_in_reply(text: str) -> Marker | None:

@@ -65,7 +65,8 @@ def _reply(response: httpx.Response) -> Reply:
         body = response.json()
         text = body["choices"][0]["message"]["content"] or ""
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ChatServerError(f"{response.request.url} did not answer with a chat completion: {error!r}") from error
+        url = response.request.url
+        raise ChatServerError(f"{url} did not answer with a chat completion: {error!r}") from error
     return Reply(text, _usage(body.get("usage")))
 
 

@@ -178,10 +178,11 @@ class LocalRLMRunner:
         )
         env.max_iterations = self.max_iterations * self.env_max_iterations_multiplier
         env.deadline = NEVER if asynchronous else deadline
-        return _Run(task, model, env, backend, node, deadline, asynchronous, self._first_messages(context, task))
+        messages = self._first_messages(context, task)
+        return _Run(task, model, env, backend, node, deadline, asynchronous, messages)
 
     def _make_backend(self, asynchronous: bool) -> Any:
-        shared = {
+        shared: dict[str, Any] = {
             "system_prompt": self.system_prompt,
             "max_iterations": self.max_iterations,
             "depth": self.depth,

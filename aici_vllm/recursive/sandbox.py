@@ -1,4 +1,4 @@
-"""The sandbox: one REPL session in a worker process, with state kept between blocks and rebuilt after a crash."""
+"""The sandbox: one REPL session in a worker process; its state outlives blocks, and most crashes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ from .sandbox_hints import hint_for
 MAX_WORKERS = 1024
 """Worker processes of this host process; each live RLM node holds one while it runs (about 8 MiB)."""
 
-_STRING_MODULE = {name: getattr(string, name) for name in string.__all__ if isinstance(getattr(string, name), str)}
+_STRING_MODULE = {
+    name: value for name, value in vars(string).items() if isinstance(value, str) and name[0] != "_"
+}
 
-_PRELUDE = r'''
+_PRELUDE = r"""
 def __final_helper(answer):
     return __final__(f"{answer}")
 
@@ -75,16 +77,16 @@ def __show(__value, __depth=0):
 
 __eval, __NameError, __isinstance, __len, __locals = eval, NameError, isinstance, len, locals
 __text_types, __dict, __list = (str, bytes), dict, list
-'''
+"""
 
 _REBIND = "FINAL, FINAL_VAR, SHOW_VARS = __final_helper, __final_var_helper, __show_vars_helper"
-_NAMES = '''
+_NAMES = """
 {
     __k: __show(__v)[:500]
     for __k, __v in __locals().items()
     if not __k.startswith("__") and __k not in __hidden__
 }
-'''
+"""
 _PRELUDE_NAMES = ("FINAL", "FINAL_VAR", "SHOW_VARS")
 _BUILTINS = frozenset(dir(__builtins__)) if not isinstance(__builtins__, dict) else frozenset(__builtins__)
 
@@ -98,8 +100,8 @@ class SandboxLimits:
     """What one sandbox may use.
 
     `block_seconds` counts only the time a block computes: while it waits for a model the clock stands still.
-    `memory_bytes` comes on top of the context's own size. `output_chars` is what is kept of one block's prints
-    before the environment shortens them for the model.
+    `memory_bytes` comes on top of the context's own size. `output_chars` is what is kept of one block's
+    prints before the environment shortens them for the model.
     """
 
     block_seconds: float = 30.0
@@ -111,7 +113,7 @@ class SandboxLimits:
 
 @dataclass
 class BlockOutcome:
-    """What one block did. `error` is `Type: message`; `trace` is the sandbox's traceback with the hint below it."""
+    """What one block did. `error` is `Type: message`; `trace` is the traceback with the hint below it."""
 
     stdout: str = ""
     stderr: str = ""
@@ -241,7 +243,10 @@ class Sandbox:
         self.tools = dict(tools)
         self._variables = dict(variables)
         self._asynchronous = asynchronous
-        self._private = {"__final__": on_final, "__candidates__": self._candidates}
+        self._private: dict[str, Callable[..., Any]] = {
+            "__final__": on_final,
+            "__candidates__": self._candidates,
+        }
         self._session: Any = None
         self._pid: int | None = None
         self._journal: list[_Recorded] = []
@@ -272,8 +277,8 @@ class Sandbox:
         except (MontyError, RuntimeError) as error:
             await self.close()
             raise SandboxError(
-                f"the sandbox could not load a context of {size} bytes with {self.limits.memory_bytes} bytes of memory "
-                f"({error}); raise SandboxLimits.memory_bytes"
+                f"the sandbox could not load a context of {size} bytes with {self.limits.memory_bytes} bytes "
+                f"of memory ({error}); raise SandboxLimits.memory_bytes"
             ) from error
 
     async def close(self) -> None:
@@ -302,8 +307,12 @@ class Sandbox:
         outcome = BlockOutcome()
         try:
             await self._prepare()
-            await self._feed(code, output, deadline, lambda name, args, kwargs: self._call(
-                name, args, kwargs, deadline, record))
+            await self._feed(
+                code,
+                output,
+                deadline,
+                lambda name, args, kwargs: self._call(name, args, kwargs, deadline, record),
+            )
             self._journal.append(record)
         except DeadlineExceeded:
             await self.abandon()
@@ -315,7 +324,7 @@ class Sandbox:
         return outcome
 
     async def _prepare(self) -> None:
-        functions = {**self.tools, **self._private}
+        functions: dict[str, Callable[..., Any]] = {**self.tools, **self._private}
         inputs = {name: _named(function, name) for name, function in functions.items()}
         await settle(self._session.feed_run(_REBIND, inputs=inputs))
 
@@ -364,8 +373,8 @@ class Sandbox:
         return result
 
     def _candidates(self) -> list[str]:
-        words = set(re.findall(r"[^\W\d]\w*", self._code)) | set(self._names) | set(self.tools) | {*_PRELUDE_NAMES}
-        words |= set(self._variables)
+        words = set(re.findall(r"[^\W\d]\w*", self._code))
+        words.update(self._names, self._variables, self.tools, _PRELUDE_NAMES)
         return sorted(w for w in words if not (w.startswith("__") or keyword.iskeyword(w) or w in _BUILTINS))
 
     # Failing, and rebuilding what was lost
@@ -390,7 +399,8 @@ class Sandbox:
         kept = (
             "Variables of earlier blocks were rebuilt; what this block assigned is lost."
             if rebuilt
-            else "Variables of earlier blocks are lost; only `context` and `answer` are left. Assign again what is needed."
+            else "Variables of earlier blocks are lost; only `context` and `answer` are left. "
+            "Assign again what is needed."
         )
         outcome.error = reason
         outcome.trace = f"{reason}\n{kept}"
@@ -496,9 +506,9 @@ def _loss(error: Exception, limits: SandboxLimits) -> str | None:
     text, _ = _described(error)
     if "time limit exceeded" in text:
         return (
-            f"TimeoutError: this block computed for more than {limits.block_seconds:g} s and was stopped. Waiting for "
-            "llm_query is not counted. Use string methods, `in` and re on whole texts rather than loops over "
-            "characters, or do the work in several blocks."
+            f"TimeoutError: this block computed for more than {limits.block_seconds:g} s and was stopped. "
+            "Waiting for llm_query is not counted. Use string methods, `in` and re on whole texts rather than "
+            "loops over characters, or do the work in several blocks."
         )
     if "MemoryError" in text and "memory limit" in text:
         return (
@@ -506,5 +516,5 @@ def _loss(error: Exception, limits: SandboxLimits) -> str | None:
             "Work on slices, and keep fewer copies of large texts."
         )
     if "suspension" in text and "limit" in text:
-        return f"RuntimeError: this REPL made more than {limits.host_calls} host calls. Use the batched functions."
+        return f"RuntimeError: this REPL made over {limits.host_calls} host calls. Use the batched functions."
     return None

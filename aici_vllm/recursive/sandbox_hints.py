@@ -32,8 +32,8 @@ _MISSING_MODULES = {
 _HINTS: list[tuple[str, str]] = [
     (
         r"class inheritance and metaclasses",
-        "Classes cannot inherit here, so there are no exception subclasses, Enum or NamedTuple either. Write a "
-        "plain class or a dict, raise ValueError, or use collections.namedtuple.",
+        "Classes cannot inherit here, so there are no exception subclasses, Enum or NamedTuple either. Write "
+        "a plain class or a dict, raise ValueError, or use collections.namedtuple.",
     ),
     (
         r"does not yet support yield",
@@ -48,22 +48,22 @@ _HINTS: list[tuple[str, str]] = [
     (r"type aliases", "`type X = ...` is not available. Leave the alias out."),
     (
         r"'list' object is not an iterator",
-        "Generator expressions, map, filter, zip and enumerate give lists here. Index the list, or use iter(...).",
+        "Generator expressions, map, filter, zip and enumerate give lists here. Index them or use iter().",
     ),
     (
         r"callable replacement is not yet supported in re\.sub",
-        "re.sub takes only a string as replacement. Loop over re.finditer(...) and build the text with a list.",
+        "re.sub takes only a string as replacement. Loop over re.finditer(...) and join the pieces.",
     ),
     (
-        r"'(str|list|dict|set|tuple|bytes)' object has no attribute '(upper|lower|strip|split|join|append|get|format|"
-        r"startswith|endswith|replace|title|add|pop|extend|items|keys|values|count|index|find)'",
+        r"'(str|list|dict|set|tuple|bytes)' object has no attribute '(upper|lower|strip|split|join|append|"
+        r"get|format|startswith|endswith|replace|title|add|pop|extend|items|keys|values|count|index|find)'",
         "A method cannot be taken without calling it. Wrap it: lambda item: item.method().",
     ),
     (
         r"type object '\w+' has no attribute",
         "Methods cannot be taken from a type, as in str.lower. Use a lambda: lambda s: s.lower().",
     ),
-    (r"has no attribute '__doc__'|has no attribute '__class__'", "Dunder attributes are mostly not available."),
+    (r"has no attribute '__\w+__'", "Dunder attributes are mostly not available."),
     (
         r"cannot import name 'OrderedDict'",
         "OrderedDict is not available. A dict keeps the order of insertion.",
@@ -71,31 +71,40 @@ _HINTS: list[tuple[str, str]] = [
     (r"cannot import name 'asdict'", "asdict is not available. Build the dict from the fields."),
     (r"cannot import name 'wraps'", "functools.wraps is not available. Leave the decorator out."),
     (r"cannot import name", "The module has no such name here. Write it with plain Python."),
-    (r"object can't be awaited|a coroutine or an awaitable is required", (
-        "llm_query and the other functions return their result directly: leave out await and asyncio. "
-        "For parallel calls pass a list to llm_query_batched."
-    )),
-    (r"name '(exit|quit)' is not defined|SystemExit|zero or one string argument",
-     "Do not exit. To finish, call FINAL(answer)."),
+    (
+        r"object can't be awaited|a coroutine or an awaitable is required",
+        (
+            "llm_query and the other functions return their result directly: leave out await and asyncio. "
+            "For parallel calls pass a list to llm_query_batched."
+        ),
+    ),
+    (
+        r"name '(exit|quit)' is not defined|SystemExit|zero or one string argument",
+        "Do not exit. To finish, call FINAL(answer).",
+    ),
     (r"name 'input' is not defined", "Nobody is there to type. The data is in `context`."),
     (r"name '(globals|vars|dir)' is not defined", "Use SHOW_VARS() to list the variables."),
     (r"name 'issubclass' is not defined", "Use isinstance(value, type)."),
     (r"name 'bytearray' is not defined", "Use bytes or a list of numbers."),
     (r"name '__import__' is not defined", f"Use an import statement. Available modules: {MODULES}."),
-    (r"name '(llm_query|llm_query_batched|llm_batch|rlm_query|rlm_query_batched)' is not defined",
-     "No language model is connected to this REPL. Work with plain Python on `context`."),
+    (
+        r"name '(llm_query|llm_query_batched|llm_batch|rlm_query|rlm_query_batched)' is not defined",
+        "No language model is connected to this REPL. Work with plain Python on `context`.",
+    ),
     (r"name 'context' is not defined", "No context was loaded for this task."),
     (r"_io\.TextIOWrapper' object has no attribute", "Use print(...)."),
-    (r"PermissionError|os\.environ|is not supported in this environment|NotImplementedError: .*OS",
-     "There are no files, no environment variables and no network here. The data is in `context`."),
-    (r"does not yet support", "The sandbox's Python lacks this. Write it with functions, loops, lists and dicts."),
+    (
+        r"PermissionError|os\.environ|is not supported in this environment|NotImplementedError: .*OS",
+        "There are no files, no environment variables and no network here. The data is in `context`.",
+    ),
+    (r"does not yet support", "The sandbox's Python lacks this. Use functions, loops, lists and dicts."),
     (r"Source is too deeply nested", "Split the expression into several statements."),
     (r"maximum recursion depth", "Write the recursion as a loop with a list as the stack."),
 ]
 
 
 def hint_for(error: str) -> str | None:
-    """What to write instead, for an error of the form `Type: message`; None when Python itself would fail too."""
+    """What to write instead, for an error `Type: message`; None when Python itself would fail too."""
     missing = re.search(r"No module named '([\w.]+)'", error)
     if missing:
         instead = _MISSING_MODULES.get(missing.group(1).split(".")[0], "write it with plain Python")

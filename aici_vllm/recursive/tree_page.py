@@ -15,8 +15,9 @@ def tree_page(node: CallNode, title: str = "Call tree") -> str:
     Prompts and results are inserted as text only, so they cannot bring markup or script into the page.
     """
     # "<" is escaped so that no text of the tree can close the script element that holds the data.
-    data = json.dumps({"root": node.as_dict(), "totals": node.totals()}, ensure_ascii=False).replace("<", "\\u003c")
-    return _PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", data)
+    data = json.dumps({"root": node.as_dict(), "totals": node.totals()}, ensure_ascii=False)
+    page = _PAGE.replace("@TITLE@", html.escape(title))
+    return page.replace("@DATA@", data.replace("<", "\\u003c"))
 
 
 def write_tree_page(node: CallNode, path: str | Path, title: str = "Call tree") -> Path:
@@ -33,13 +34,15 @@ _PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@</title>
 <style>
-:root { color-scheme: light dark; --line: #8884; --dim: #888; --bar: #4a90d9; --ok: #2e8b57; --bad: #c0392b; --run: #b8860b; }
+:root { color-scheme: light dark; --line: #8884; --dim: #888;
+  --bar: #4a90d9; --ok: #2e8b57; --bad: #c0392b; --run: #b8860b; }
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; }
 h1 { font-size: 1.25rem; margin: 0 0 .75rem; }
 .totals { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin-bottom: 1rem; }
 .totals b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 .totals span { color: var(--dim); font-size: .8rem; }
-.row { display: grid; grid-template-columns: minmax(16rem, 2fr) 4.5rem 10rem 5rem minmax(6rem, 1fr) minmax(10rem, 1.5fr);
+.row { display: grid;
+  grid-template-columns: minmax(16rem, 2fr) 3rem 11rem 5rem minmax(6rem, 1fr) minmax(10rem, 1.5fr);
   gap: 0 .75rem; align-items: center; padding: .2rem 0; border-bottom: 1px solid var(--line); }
 .head { color: var(--dim); font-size: .8rem; position: sticky; top: 0; background: Canvas; }
 .name { display: flex; align-items: baseline; overflow: hidden; padding-left: calc(var(--level) * 1.1rem); }
@@ -49,8 +52,10 @@ h1 { font-size: 1.25rem; margin: 0 0 .75rem; }
 .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .number { font-variant-numeric: tabular-nums; text-align: right; }
 .track { position: relative; height: .7rem; background: #8882; border-radius: 2px; }
-.track i { position: absolute; top: 0; bottom: 0; min-width: 2px; background: var(--bar); border-radius: 2px; }
-.done .kind { color: var(--ok); } .failed .kind, .failed .outcome { color: var(--bad); } .running .kind { color: var(--run); }
+.track i { position: absolute; top: 0; bottom: 0; min-width: 2px; background: var(--bar); }
+.done .kind { color: var(--ok); }
+.failed .kind, .failed .outcome { color: var(--bad); }
+.running .kind { color: var(--run); }
 .failed .track i { background: var(--bad); }
 .more { cursor: pointer; margin: .3rem 0 .3rem 2rem; }
 </style>
@@ -58,8 +63,9 @@ h1 { font-size: 1.25rem; margin: 0 0 .75rem; }
 <body>
 <h1>@TITLE@</h1>
 <div class="totals" id="totals"></div>
-<div class="row head"><div>call</div><div class="number">depth</div><div class="number">prompt (cached) + generated</div>
-<div class="number">seconds</div><div>when</div><div>result or error</div></div>
+<div class="row head"><div>call</div><div class="number">depth</div>
+<div class="number">prompt (cached) + generated</div><div class="number">seconds</div>
+<div>when</div><div>result or error</div></div>
 <div id="tree"></div>
 <script type="application/json" id="data">@DATA@</script>
 <script>
@@ -89,7 +95,7 @@ function showTotals() {
 }
 
 function tokens(node) {
-  if (node.prompt_tokens === null) return "–";
+  if (node.prompt_tokens === null) return "-";
   return `${node.prompt_tokens} (${node.cached_tokens}) + ${node.generated_tokens}`;
 }
 
@@ -122,7 +128,8 @@ function addNode(node, level, into) {
   const below = element("div");
   let filled = false;
   const [name, button] = nameCell(node, level, () => open(below.hidden));
-  const outcome = element("div", "text outcome", node.error ?? node.result ?? (node.state === "running" ? "running" : ""));
+  const ended = node.state === "running" ? "running" : "";
+  const outcome = element("div", "text outcome", node.error ?? node.result ?? ended);
   outcome.title = outcome.textContent;
   row.append(name, element("div", "number", node.depth), element("div", "number", tokens(node)),
     element("div", "number", node.seconds.toFixed(3)), bar(node), outcome);

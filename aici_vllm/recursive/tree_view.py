@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,14 +18,16 @@ _STATE_MARK = {"running": "…", "done": "✓", "failed": "✗"}
 
 
 def render_tree(node: CallNode, *, max_children: int = 12) -> Tree:
-    """The subtree as a rich `Tree`. Of a node with many children those still running and the last ones are shown."""
+    """The subtree as a rich `Tree`; of many children, runs, failures and what is going on are shown first."""
     tree = Tree(_line(node))
     _grow(tree, node, max_children)
     return tree
 
 
 @contextmanager
-def live_tree(node: CallNode, *, console: Console | None = None, refresh_per_second: float = 4.0) -> Iterator[Live]:
+def live_tree(
+    node: CallNode, *, console: Console | None = None, refresh_per_second: float = 4.0
+) -> Iterator[Live]:
     """Show the tree under `node` while the body runs, refreshed from a thread of its own."""
 
     class _Current:
@@ -39,16 +42,16 @@ def _grow(tree: Tree, node: CallNode, max_children: int) -> None:
     children = list(node.children)
     shown = children
     if len(children) > max_children:
-        running = [child for child in children if child.state == "running"]
-        rest = [child for child in children if child.state != "running"]
-        shown = (rest + running)[-max_children:]
-        finished = sum(child.state == "done" for child in children)
-        failed = sum(child.state == "failed" for child in children)
-        tree.add(
-            Text(f"{len(children)} calls, {finished} done, {failed} failed, {len(running)} running", style="dim")
-        )
+        shown = sorted(children, key=_importance)[:max_children]
+        counts = Counter(child.state for child in children)
+        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        tree.add(Text(f"{len(children)} calls: {states}; {max_children} shown", style="dim"))
     for child in shown:
         _grow(tree.add(_line(child)), child, max_children)
+
+
+def _importance(node: CallNode) -> tuple[bool, bool, bool]:
+    return (node.kind != "run", node.state == "done", node.state == "failed")
 
 
 def _line(node: CallNode) -> Text:
@@ -61,7 +64,8 @@ def _line(node: CallNode) -> Text:
         line.append(f"  {node.iterations} turns", style="dim")
     if node.usage is not None:
         used = node.usage
-        line.append(f"  {used.prompt_tokens}({used.cached_tokens} cached)+{used.generated_tokens} tok", style="magenta")
+        tokens = f"{used.prompt_tokens} ({used.cached_tokens} cached) + {used.generated_tokens} tokens"
+        line.append(f"  {tokens}", style="magenta")
     if node.error is not None:
         line.append(f"  {_one_line(node.error, 60)}", style="red")
     elif node.result is not None:
