@@ -56,7 +56,7 @@ def samples_html(
 
 
 def _asset(name: str) -> str:
-    return files("aici_vllm.agents").joinpath("page", name).read_text(encoding="utf-8")
+    return files("aici_vllm.agents").joinpath(name).read_text(encoding="utf-8")
 
 
 def _summary(nodes: Sequence[SampleNode]) -> str:
