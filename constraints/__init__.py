@@ -6,7 +6,8 @@ A constraint answers for one position of one sequence; masks that were computed 
 from constraints.constraint import AnyText, Constraint
 from constraints.errors import ConstraintError
 from constraints.guidance import lark
-from constraints.literals import options
+from constraints.json_schema import json_schema
+from constraints.literals import options, substring
 from constraints.regex import regex
 from constraints.token_set import TokenSet
 from constraints.vocabulary import Vocabulary
@@ -17,7 +18,9 @@ __all__ = [
     "ConstraintError",
     "TokenSet",
     "Vocabulary",
+    "json_schema",
     "lark",
     "options",
     "regex",
+    "substring",
 ]

@@ -20,7 +20,7 @@ from constraints.vocabulary import Vocabulary
 SPECIAL = b"\xff"
 """llguidance marks the spelling of a special token with this byte, which no UTF-8 text contains."""
 
-NO_FORCING = '%llguidance {"no_forcing": true}\n'
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 """Without it llguidance narrows a mask to its own choice of a token where the bytes are forced."""
 
 _tokenizers: WeakKeyDictionary[Vocabulary, LLTokenizer] = WeakKeyDictionary()
@@ -172,7 +172,7 @@ def lark(vocabulary: Vocabulary, grammar: str) -> GuidanceConstraint:
 
     Raises `ConstraintError` with the line of what does not compile.
     """
-    source = NO_FORCING + grammar
+    source = grammar + NO_FORCING
     try:
         made = compiled.get(("lark", vocabulary.key, grammar), lambda: GuidanceGrammar(vocabulary, source))
     except ConstraintError as error:

@@ -21,7 +21,7 @@ class RegexMachine(Machine[int]):
         if not regex_syntax.has_match(self.tree):
             raise ConstraintError(f"regex {regex_syntax.shown(pattern)} matches no text at all")
         self.automaton = RegexAutomaton(self.tree)
-        source = f"{guidance.NO_FORCING}start: /{regex_syntax.render(self.tree)}/"
+        source = f"start: /{regex_syntax.render(self.tree)}/{guidance.NO_FORCING}"
         self.fresh = guidance.matcher(vocabulary, source)
 
     @property

@@ -1,0 +1,115 @@
+"""JSON Schema constraints: llguidance's compiler, with what it would ignore refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from constraints.errors import ConstraintError
+from constraints.guidance import NO_FORCING, GuidanceConstraint, GuidanceGrammar
+from constraints.machine import compiled
+from constraints.vocabulary import Vocabulary
+
+ANNOTATIONS = frozenset(
+    "$schema $id $anchor $comment $vocabulary id title description default examples example deprecated readOnly"
+    " writeOnly contentEncoding contentMediaType contentSchema definitions $defs".split()
+)
+"""Keywords that allow or forbid nothing."""
+
+SUPPORTED = frozenset(
+    "$ref type enum const allOf anyOf oneOf properties required additionalProperties patternProperties"
+    " minProperties maxProperties items prefixItems additionalItems minItems maxItems minLength maxLength"
+    " pattern format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
+)
+
+REFUSED = frozenset(
+    "not if then else contains minContains maxContains uniqueItems propertyNames dependentRequired"
+    " dependentSchemas dependencies unevaluatedProperties unevaluatedItems $dynamicRef $dynamicAnchor"
+    " $recursiveRef $recursiveAnchor divisibleBy extends disallow nullable discriminator".split()
+)
+"""Keywords of some draft, or of OpenAPI, that change what is valid and that are not enforced."""
+
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+SCHEMAS = ("items", "additionalProperties", "additionalItems")
+
+
+def json_schema(vocabulary: Vocabulary, schema: Any, *, compact: bool = False) -> GuidanceConstraint:
+    """A JSON document that a schema (draft 2020-12) accepts: a dict, a bool, JSON text or a pydantic model class.
+
+    Objects write the properties that they name in the order of the schema, others after them. White space is
+    free between tokens of JSON; `compact` allows none, so that more of the text is forced. Raises
+    `ConstraintError` naming the keyword, and its place in the schema, of what is not supported.
+    """
+    parsed = _parsed(schema)
+    check(parsed)
+    options = {"whitespace_flexible": not compact}
+    if parsed is True:
+        parsed = {}
+    text = json.dumps({**parsed, "x-guidance": options})
+    source = f"start: %json {text}{NO_FORCING}"
+    key = ("json", vocabulary.key, text)
+    try:
+        return GuidanceConstraint(compiled.get(key, lambda: GuidanceGrammar(vocabulary, source)))
+    except ConstraintError as error:
+        raise ConstraintError(f"the JSON schema does not compile: {_explained(str(error), parsed)}") from None
+
+
+def _parsed(schema: Any) -> dict[str, Any] | bool:
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    if isinstance(schema, (str, bytes)):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise ConstraintError(f"the JSON schema is no JSON: {error}") from None
+    if not isinstance(schema, (dict, bool)):
+        raise ConstraintError(
+            f"a JSON schema is a dict, its JSON text or a pydantic model class, not {type(schema).__name__}"
+        )
+    return schema
+
+
+def walk(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every subschema that is an object, with its JSON pointer."""
+    if not isinstance(schema, dict):
+        return
+    yield path, schema
+    for name in SCHEMAS:
+        below = schema.get(name)
+        for place, child in enumerate(below) if isinstance(below, list) else (("", below),):
+            yield from walk(child, f"{path}/{name}" + (f"/{place}" if place != "" else ""))
+    for name in SCHEMA_LISTS:
+        for place, child in enumerate(schema[name]) if isinstance(schema.get(name), list) else ():
+            yield from walk(child, f"{path}/{name}/{place}")
+    for name in SCHEMA_MAPS:
+        for key, child in schema[name].items() if isinstance(schema.get(name), dict) else ():
+            yield from walk(child, f"{path}/{name}/{key}")
+
+
+def check(schema: Any) -> None:
+    """Raise `ConstraintError` for the first keyword that would not be enforced."""
+    if schema is False:
+        raise ConstraintError("the JSON schema `false` allows no document")
+    try:
+        for path, part in walk(schema):
+            for keyword in part:
+                if keyword in REFUSED:
+                    raise ConstraintError(f"JSON schema keyword '{keyword}' at {path} is not supported")
+    except RecursionError:
+        raise ConstraintError("the JSON schema nests too deeply") from None
+
+
+def _explained(message: str, schema: Any) -> str:
+    """llguidance's message, with the places of the keywords it names."""
+    names = re.findall(r'"([^"]+)"', message) if message.startswith("Unimplemented") else []
+    names += re.findall(r"Unknown format: (\S+)", message)
+    places = [
+        f"{path}/{keyword}"
+        for path, part in walk(schema)
+        for keyword, value in part.items()
+        if keyword in names or (isinstance(value, str) and value in names)
+    ]
+    return f"{message} at {', '.join(places[:5])}" if places else message
