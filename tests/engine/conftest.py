@@ -39,8 +39,8 @@ class Engines:
 
     The same call gives the same engine while it lives; at most `LIVE_AT_ONCE` live, so ask again in each test
     rather than keep one. `model` is `"embedded"`, `"random"`, or a folder. `engine_args` are those of `LLM`,
-    on top of `ENGINE_ARGS`. The regime's environment holds while the engine starts and no longer, so what vLLM
-    reads from it later in the pytest process, such as `vllm_config.use_v2_model_runner`, says nothing about the
+    on top of `ENGINE_ARGS`. The regime's environment holds while the engine starts and no longer: what vLLM
+    reads from it later in the pytest process, such as `vllm_config.use_v2_model_runner`, says nothing of the
     engine; ask its workers.
     """
 
