@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import keyword
@@ -11,6 +12,7 @@ import string
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,20 +175,26 @@ class _Pools:
                 self._sync.__enter__()
             return self._sync
 
-    async def asynchronous(self) -> AsyncMonty:
+    def asynchronous(self) -> AsyncMonty:
         with self._lock:
             self._forget_parent()
-            if self._async is not None:
-                return self._async
-            pool = self._async = AsyncMonty(max_processes=MAX_WORKERS)
-        await pool.__aenter__()
-        return pool
+            if self._async is None:
+                # Entered on a loop of its own, so that every loop of the process can use the one pool.
+                with ThreadPoolExecutor(1) as thread:
+                    self._async = thread.submit(
+                        asyncio.run, _entered(AsyncMonty(max_processes=MAX_WORKERS))
+                    ).result()
+            return self._async
 
     def close(self) -> None:
         with self._lock:
             if self._sync is not None and self._pid == os.getpid():
                 self._sync.__exit__(None, None, None)
                 self._sync = None
+
+
+async def _entered(pool: AsyncMonty) -> AsyncMonty:
+    return await pool.__aenter__()
 
 
 _pools = _Pools()
@@ -214,12 +222,18 @@ def _kill(pid: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A host result without string subclasses, which the sandbox does not take."""
+    """A host result as plain data, which is all that can enter the sandbox."""
+    if value is None or isinstance(value, bool | int | float | bytes):
+        return value
     if isinstance(value, str):
         return str(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    raise TypeError(
+        f"the function gave a {type(value).__name__}; only text, numbers, lists and dicts can be used"
+    )
 
 
 class Sandbox:
@@ -251,12 +265,12 @@ class Sandbox:
         self._pid: int | None = None
         self._journal: list[_Recorded] = []
         self._names: dict[str, str] = {}
-        self._code = ""
+        self._words: set[str] = set()
 
     # Life of the session
 
     async def _open(self) -> None:
-        pool: Any = await _pools.asynchronous() if self._asynchronous else _pools.sync()
+        pool: Any = _pools.asynchronous() if self._asynchronous else _pools.sync()
         context = self._variables.get("context")
         size = len(context.encode("utf-8", "surrogatepass")) if isinstance(context, str) else 0
         session = pool.checkout(
@@ -335,7 +349,7 @@ class Sandbox:
         deadline: Deadline,
         answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        self._code = code
+        self._words.update(re.findall(r"[^\W\d]\w*", code))
         with _killed_at(deadline, self._pid):
             snapshot = await settle(self._session.feed_start(code, print_callback=output))
         while not isinstance(snapshot, MontyComplete):
@@ -373,8 +387,7 @@ class Sandbox:
         return result
 
     def _candidates(self) -> list[str]:
-        words = set(re.findall(r"[^\W\d]\w*", self._code))
-        words.update(self._names, self._variables, self.tools, _PRELUDE_NAMES)
+        words = {*self._words, *self._variables, *self.tools, *_PRELUDE_NAMES}
         return sorted(w for w in words if not (w.startswith("__") or keyword.iskeyword(w) or w in _BUILTINS))
 
     # Failing, and rebuilding what was lost
