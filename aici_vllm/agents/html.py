@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -48,11 +49,8 @@ def samples_html(
         "summary": _summary(nodes),
         "rows": "\n".join(rows),
     }
-    page = _asset("samples.html")
-    for name in ("title", "summary", "style", "script"):
-        page = page.replace(f"%%{name}%%", values[name])
-    before, after = page.split("%%rows%%")
-    return before + values["rows"] + after
+    # One pass, so that no value is taken for a placeholder.
+    return re.sub(r"%%(\w+)%%", lambda found: values[found.group(1)], _asset("samples.html"))
 
 
 def _asset(name: str) -> str:

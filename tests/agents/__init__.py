@@ -1,0 +1,1 @@
+"""Tests of `aici_vllm.agents`; no network, no engine."""
