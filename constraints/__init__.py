@@ -6,16 +6,19 @@ A constraint answers for one position of one sequence; masks that were computed 
 from constraints.constraint import AnyText, Constraint
 from constraints.errors import ConstraintError
 from constraints.guidance import lark
+from constraints.identifiers import DynamicLexer
 from constraints.json_schema import json_schema
 from constraints.literals import options, substring
 from constraints.regex import regex
 from constraints.token_set import TokenSet
 from constraints.vocabulary import Vocabulary
+from constraints.yacc import yacc
 
 __all__ = [
     "AnyText",
     "Constraint",
     "ConstraintError",
+    "DynamicLexer",
     "TokenSet",
     "Vocabulary",
     "json_schema",
@@ -23,4 +26,5 @@ __all__ = [
     "options",
     "regex",
     "substring",
+    "yacc",
 ]

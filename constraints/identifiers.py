@@ -1,0 +1,121 @@
+"""`DynamicLexer`: any text in which every identifier is one that was added so far."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Hashable
+
+import numpy as np
+
+from constraints.errors import ConstraintError
+from constraints.machine import Machine, MachineConstraint
+from constraints.token_set import Row, pack
+from constraints.trie import DEAD, Ints, trie_of
+from constraints.vocabulary import Vocabulary
+
+OUTSIDE = 0
+UTF8_TAILS = 7
+"""States 1 to 7: inside a character that is no letter of an identifier, by what its next bytes may be."""
+
+
+def _outside_rows() -> Ints:
+    """The bytes of text outside identifiers, as UTF-8: int32[8, 256]."""
+    rows = np.full((1 + UTF8_TAILS, 256), DEAD, np.int32)
+    rows[OUTSIDE, :0x80] = OUTSIDE
+    # States 1, 2, 3: so many bytes to come. 4 to 7: after E0, ED, F0, F4, where the next byte is narrower.
+    rows[OUTSIDE, 0xC2:0xE0] = 1
+    rows[OUTSIDE, 0xE1:0xF0] = 2
+    rows[OUTSIDE, 0xF1:0xF4] = 3
+    rows[OUTSIDE, [0xE0, 0xED, 0xF0, 0xF4]] = [4, 5, 6, 7]
+    for state in (1, 2, 3):
+        rows[state, 0x80:0xC0] = state - 1
+    rows[4, 0xA0:0xC0] = rows[5, 0x80:0xA0] = 1
+    rows[6, 0x90:0xC0] = rows[7, 0x80:0x90] = 2
+    return rows
+
+
+class IdentifierMachine(Machine[int]):
+    """States: outside an identifier, or a node in the tree of the known ones. Nodes never change their number."""
+
+    def __init__(self, vocabulary: Vocabulary, extra: str):
+        super().__init__(vocabulary)
+        self.letters = frozenset((string.ascii_letters + string.digits + "_" + extra).encode())
+        self.first_letters = self.letters - frozenset(string.digits.encode())
+        self.version = 0
+        self._rows = _outside_rows()
+        for byte in self.first_letters:
+            self._rows[OUTSIDE, byte] = DEAD
+        self._complete: set[int] = set()
+        self._used = len(self._rows)
+
+    def add(self, identifier: bytes) -> None:
+        node = OUTSIDE
+        for byte in identifier:
+            if self._rows[node, byte] == DEAD:
+                self._rows[node, byte] = self._new_node()
+            node = int(self._rows[node, byte])
+        if node in self._complete:
+            return
+        self._complete.add(node)
+        outside = np.array([byte not in self.letters for byte in range(256)])
+        self._rows[node, outside] = self._rows[OUTSIDE, outside]
+        self.version += 1
+        self._steps.clear()
+        self._runs.clear()
+
+    def _new_node(self) -> int:
+        if self._used == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.full_like(self._rows, DEAD)])
+        self._used += 1
+        return self._used - 1
+
+    @property
+    def start(self) -> int:
+        return OUTSIDE
+
+    def step(self, state: int, text: bytes) -> int | None:
+        for byte in text:
+            state = int(self._rows[state, byte])
+            if state == DEAD:
+                return None
+        return state
+
+    def accepts(self, state: int) -> bool:
+        return state in self._complete
+
+    def next_bytes(self, state: int) -> bytes:
+        return bytes(np.flatnonzero(self._rows[state] != DEAD).astype(np.uint8))
+
+    def text_row(self, state: int, tokens: list[int]) -> Row:
+        found = trie_of(self.vocabulary).walk(self._rows, state)
+        return pack(np.flatnonzero(found >= 0), self.vocabulary.size)
+
+    def state_key(self, state: int) -> Hashable:
+        return self.version, state
+
+
+class DynamicLexer:
+    """Identifiers that a program learns while it generates; `constraint()` allows no other in the text.
+
+    An identifier is a letter or `_` and then letters, digits or `_`; `additional_id_chars` count as letters.
+    Between identifiers any UTF-8 text is allowed. The text may end only right after a known identifier.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, additional_id_chars: str | None = None):
+        extra = additional_id_chars or ""
+        if not extra.isascii():
+            raise ConstraintError(f"additional_id_chars must be ASCII, not {extra!r}")
+        self._machine = IdentifierMachine(vocabulary, extra)
+        self._constraint = MachineConstraint(self._machine)
+
+    def add(self, identifier: str) -> None:
+        """Allow `identifier` from here on, also in constraints that are in use. `ConstraintError` if it is none."""
+        spelled = identifier.encode()
+        machine = self._machine
+        if not spelled or spelled[0] not in machine.first_letters or not set(spelled) <= machine.letters:
+            raise ConstraintError(f"{identifier!r} is not an identifier of this lexer")
+        machine.add(spelled)
+
+    def constraint(self) -> MachineConstraint[int]:
+        """The constraint of this lexer: always the same object, which remembers the text so far."""
+        return self._constraint

@@ -1,0 +1,378 @@
+"""Yacc constraints: text whose lexemes an LR parser accepts, with a mask per lexer state and top of the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from constraints.errors import ConstraintError
+from constraints.lexer import Lexer
+from constraints.lr import ACCEPT, END, Tables, make_tables
+from constraints.machine import Machine, MachineConstraint, compiled
+from constraints.regex_automaton import DEAD
+from constraints.token_set import Row, pack
+from constraints.trie import Ints, trie_of
+from constraints.vocabulary import Vocabulary
+from constraints.yacc_grammar import Grammar, read_grammar
+
+Stack = tuple[int, ...]
+State = tuple[Stack, int]
+"""The parser's stack, and the state of the lexer inside the lexeme that is being read."""
+
+Overlay = tuple[int, Stack]
+"""A stack as the lowest entries of a `Reading`'s, how many, and what is above them."""
+
+UNKNOWN = -2
+MAX_CODES = 20_000
+MAX_KEYS = 50_000
+MAX_REDUCTIONS = 10_000
+
+
+class Reading:
+    """A parser that reads on from one stack without changing it, and knows how deep it looked."""
+
+    def __init__(self, tables: Tables, stack: Stack):
+        self.tables = tables
+        self.stack = stack
+        self.lowest = len(stack)
+
+    def top(self) -> Overlay:
+        return len(self.stack), ()
+
+    def shift(self, at: Overlay, terminal: int) -> Overlay | None:
+        """The stack after `terminal`, None when the parser refuses it."""
+        base, extra = at
+        tables = self.tables
+        for _ in range(MAX_REDUCTIONS):
+            if extra:
+                state = extra[-1]
+            else:
+                self.lowest = min(self.lowest, base - 1)
+                state = self.stack[base - 1]
+            after = tables.shift[state].get(terminal)
+            if after is not None:
+                return base, (*extra, after)
+            number = tables.reduce[state].get(terminal)
+            if number is None or number == ACCEPT:
+                return None
+            base, extra = self._reduce(base, extra, number)
+        return None
+
+    def ends(self, at: Overlay) -> bool:
+        """Whether the text may end."""
+        base, extra = at
+        for _ in range(MAX_REDUCTIONS):
+            state = extra[-1] if extra else self.stack[base - 1]
+            number = self.tables.reduce[state].get(END)
+            if number is None or number == ACCEPT:
+                return number == ACCEPT
+            base, extra = self._reduce(base, extra, number)
+        return False
+
+    def _reduce(self, base: int, extra: Stack, number: int) -> Overlay:
+        production = self.tables.productions[number]
+        length = len(production.symbols)
+        if length <= len(extra):
+            extra = extra[: len(extra) - length]
+        else:
+            base -= length - len(extra)
+            extra = ()
+        if not extra:
+            self.lowest = min(self.lowest, base - 1)
+        below = extra[-1] if extra else self.stack[base - 1]
+        return base, (*extra, self.tables.goto[below][production.rule])
+
+    def whole(self, at: Overlay) -> Stack:
+        return self.stack[: at[0]] + at[1]
+
+
+@dataclass
+class Classes:
+    """What the tokens do in one lexer state, whatever the parser thinks: tokens that do the same are together."""
+
+    codes: list[int]
+    counts: Ints
+    tokens: NDArray[np.int64]
+    """Tokens by code: counts[0] tokens of codes[0], then counts[1] of codes[1], ..."""
+
+
+class Lexemes:
+    """What tokens do to the lexer: the terminals they complete, one after another, and the state they end in.
+
+    Both together have a number, a code. No token is looked at twice in one lexer state.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, grammar: Grammar, lexer: Lexer):
+        self.vocabulary = vocabulary
+        self.lexer = lexer
+        self.skipped = sum(1 << terminal for terminal in grammar.skipped)
+        self._next_to = neighbours(grammar)
+        self._clear()
+
+    def _clear(self) -> None:
+        # Node 0 is no terminal yet; a node is its parent and then one terminal.
+        self.parent = [0]
+        self.terminal = [-1]
+        self._children: dict[tuple[int, int], int] = {}
+        self.code: list[tuple[int, int]] = []
+        self._codes: dict[tuple[int, int], int] = {}
+        self._table = np.full((64, 256), UNKNOWN, np.int32)
+        self._classes: dict[int, Classes] = {}
+
+    def classes(self, state: int) -> Classes:
+        known = self._classes.get(state)
+        if known is None:
+            if len(self.code) > MAX_CODES:
+                self._clear()
+            known = self._classes[state] = self._classify(state)
+        return known
+
+    def _classify(self, state: int) -> Classes:
+        found = trie_of(self.vocabulary).walk_by(self._step, self._number(0, state))
+        tokens = np.flatnonzero(found >= 0)
+        order = np.argsort(found[tokens], kind="stable")
+        codes, counts = np.unique(found[tokens], return_counts=True)
+        return Classes(codes.tolist(), counts.astype(np.int32), tokens[order])
+
+    def _number(self, node: int, state: int) -> int:
+        code = self._codes.setdefault((node, state), len(self.code))
+        if code == len(self.code):
+            self.code.append((node, state))
+            if code == len(self._table):
+                self._table = np.concatenate([self._table, np.full_like(self._table, UNKNOWN)])
+        return code
+
+    def _step(self, codes: Ints, texts: NDArray[np.uint8]) -> Ints:
+        after = self._table[codes, texts]
+        unknown = np.flatnonzero(after == UNKNOWN)
+        if len(unknown):
+            for key in np.unique(codes[unknown].astype(np.int64) * 256 + texts[unknown]).tolist():
+                # Numbering the next code may move the table, so it comes first.
+                following = self._move(*self.code[key >> 8], key & 255)
+                self._table[key >> 8, key & 255] = following
+            after[unknown] = self._table[codes[unknown], texts[unknown]]
+        return after
+
+    def _move(self, node: int, state: int, byte: int) -> int:
+        after = self.lexer.row(state)[byte]
+        if after == DEAD:
+            winner = self.lexer.winner[state]
+            after = self.lexer.row(0)[byte]
+            if winner < 0 or after == DEAD:
+                return DEAD
+            if not self.skipped >> winner & 1:
+                if node and not self._next_to[self.terminal[node]] >> winner & 1:
+                    return DEAD
+                node = self._child(node, winner)
+        # A lexeme that cannot stand after the terminal before it is dead in every state of the parser.
+        possible = self._next_to[self.terminal[node]] if node else -1
+        return self._number(node, after) if self.lexer.reachable[after] & (possible | self.skipped) else DEAD
+
+    def _child(self, node: int, terminal: int) -> int:
+        child = self._children.setdefault((node, terminal), len(self.parent))
+        if child == len(self.parent):
+            self.parent.append(node)
+            self.terminal.append(terminal)
+        return child
+
+
+def neighbours(grammar: Grammar) -> list[int]:
+    """For every terminal the terminals that may come right after it in some text, as a bit set."""
+    first, last, empty = _edges(grammar)
+    found = [0] * len(grammar.terminals)
+    for production in grammar.productions:
+        symbols = production.symbols
+        for place, symbol in enumerate(symbols):
+            after = 0
+            for other in symbols[place + 1 :]:
+                after |= 1 << ~other if other < 0 else first[other]
+                if other < 0 or not empty[other]:
+                    break
+            before = 1 << ~symbol if symbol < 0 else last[symbol]
+            for terminal in _bits(before):
+                found[terminal] |= after
+    return found
+
+
+def _edges(grammar: Grammar) -> tuple[list[int], list[int], list[bool]]:
+    """By rule: the terminals it may begin with, those it may end with, and whether it may be empty."""
+    count = len(grammar.rules)
+    first, last, empty = [0] * count, [0] * count, [False] * count
+    changed = True
+    while changed:
+        changed = False
+        for production in grammar.productions:
+            rule = production.rule
+            for bits, symbols in ((first, production.symbols), (last, production.symbols[::-1])):
+                reached = bits[rule]
+                for symbol in symbols:
+                    reached |= 1 << ~symbol if symbol < 0 else bits[symbol]
+                    if symbol < 0 or not empty[symbol]:
+                        break
+                changed |= reached != bits[rule]
+                bits[rule] = reached
+            if not empty[rule] and all(s >= 0 and empty[s] for s in production.symbols):
+                empty[rule] = changed = True
+    return first, last, empty
+
+
+def _bits(bits: int) -> list[int]:
+    return [place for place in range(bits.bit_length()) if bits >> place & 1]
+
+
+class YaccMachine(Machine[State]):
+    """One grammar over one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, text: str):
+        super().__init__(vocabulary)
+        grammar = read_grammar(text)
+        if not grammar.terminals:
+            raise ConstraintError("yacc grammar: there is no terminal")
+        self.tables = make_tables(grammar)
+        self.lexer = Lexer(grammar.terminals)
+        self.lexemes = Lexemes(vocabulary, grammar, self.lexer)
+        # By lexer state and depth: the tops of stacks whose masks depend on no more than them.
+        self._keys: dict[int, dict[int, set[Stack]]] = {}
+        self._num_keys = 0
+        self._fresh: tuple[State | None, Row] = None, np.empty(0, np.int32)
+
+    @property
+    def start(self) -> State:
+        return (0,), 0
+
+    def step(self, state: State, text: bytes) -> State | None:
+        stack, at = state
+        lexer = self.lexer
+        for byte in text:
+            after = lexer.row(at)[byte]
+            if after == DEAD:
+                closed = self._close(stack, at)
+                after = lexer.row(0)[byte]
+                if closed is None or after == DEAD:
+                    return None
+                stack = closed
+            at = after
+        # A lexeme that has become hopeless stays so, hence one look at the end is enough.
+        reading = Reading(self.tables, stack)
+        return (stack, at) if self._hopeful(reading, reading.top(), at) else None
+
+    def _close(self, stack: Stack, at: int) -> Stack | None:
+        """The stack after the lexeme that ends in lexer state `at`."""
+        winner = self.lexer.winner[at]
+        if winner < 0:
+            return None
+        if self.lexemes.skipped >> winner & 1:
+            return stack
+        reading = Reading(self.tables, stack)
+        after = reading.shift(reading.top(), winner)
+        return None if after is None else reading.whole(after)
+
+    def _hopeful(self, reading: Reading, at: Overlay, lexer_state: int) -> bool:
+        """Whether the lexeme may still become something that the parser takes."""
+        reachable = self.lexer.reachable[lexer_state]
+        if reachable & self.lexemes.skipped:
+            return True
+        return any(reading.shift(at, terminal) is not None for terminal in _bits(reachable))
+
+    def accepts(self, state: State) -> bool:
+        stack, at = state
+        closed = self._close(stack, at)
+        if closed is None:
+            return False
+        reading = Reading(self.tables, closed)
+        return reading.ends(reading.top())
+
+    def next_bytes(self, state: State) -> bytes:
+        stack, at = state
+        closed = self._close(stack, at)
+        inside, outside = Reading(self.tables, stack), Reading(self.tables, closed or ())
+        hopeful: dict[tuple[bool, int], bool] = {}
+        found = bytearray()
+        for byte, after in enumerate(self.lexer.row(at)):
+            ends = after == DEAD
+            if ends:
+                after = self.lexer.row(0)[byte]
+                if closed is None or after == DEAD:
+                    continue
+            if (ends, after) not in hopeful:
+                reading = outside if ends else inside
+                hopeful[ends, after] = self._hopeful(reading, reading.top(), after)
+            if hopeful[ends, after]:
+                found.append(byte)
+        return bytes(found)
+
+    def state_key(self, state: State) -> Hashable:
+        """As much of the stack as the mask depends on: how much that is, making the mask tells."""
+        stack, at = state
+        depths = self._keys.get(at, {})
+        for depth, known in depths.items():
+            if stack[-depth:] in known:
+                return at, stack[-depth:], self.accepts(state)
+        if self._num_keys >= MAX_KEYS:
+            self._keys, self._num_keys = {}, 0
+        row, depth = self._evaluate(stack, at)
+        self._fresh = state, row
+        self._keys.setdefault(at, {}).setdefault(depth, set()).add(stack[-depth:])
+        self._num_keys += 1
+        return at, stack[-depth:], self.accepts(state)
+
+    def text_row(self, state: State, tokens: list[int]) -> Row:
+        fresh, row = self._fresh
+        return row.copy() if fresh == state else self._evaluate(*state)[0]
+
+    def _evaluate(self, stack: Stack, at: int) -> tuple[Row, int]:
+        """The mask of a state, and how many entries from the top of the stack decide it."""
+        classes = self.lexemes.classes(at)
+        reading = Reading(self.tables, stack)
+        after: dict[int, Overlay | None] = {0: reading.top()}
+        verdicts: dict[tuple[int, int], bool] = {}
+        passed = np.zeros(len(classes.codes), bool)
+        for place, code in enumerate(classes.codes):
+            passed[place] = self._passes(reading, after, verdicts, *self.lexemes.code[code])
+        ids = classes.tokens[np.repeat(passed, classes.counts)]
+        return pack(ids, self.vocabulary.size), len(stack) - reading.lowest or 1
+
+    def _passes(
+        self,
+        reading: Reading,
+        after: dict[int, Overlay | None],
+        verdicts: dict[tuple[int, int], bool],
+        node: int,
+        lexer_state: int,
+    ) -> bool:
+        at = self._after(reading, after, node)
+        if at is None:
+            return False
+        reachable = self.lexer.reachable[lexer_state]
+        if reachable & self.lexemes.skipped:
+            return True
+        for terminal in _bits(reachable):
+            verdict = verdicts.get((node, terminal))
+            if verdict is None:
+                verdict = verdicts[node, terminal] = reading.shift(at, terminal) is not None
+            if verdict:
+                return True
+        return False
+
+    def _after(self, reading: Reading, after: dict[int, Overlay | None], node: int) -> Overlay | None:
+        """The stack after the terminals of `node`."""
+        if node not in after:
+            below = self._after(reading, after, self.lexemes.parent[node])
+            after[node] = None if below is None else reading.shift(below, self.lexemes.terminal[node])
+        return after[node]
+
+
+def yacc(vocabulary: Vocabulary, grammar: str) -> MachineConstraint[State]:
+    """Text of an LR(1) grammar: `%start R`, `%%`, rules `A: x | y ;`, terminals `"keyword"` and `"/regex/"`.
+
+    The terminals of rule SKIP may stand between all others. A lexeme is as long as it can be, and the byte
+    after it must begin the next; literals win over regexes, longer ones first. The text may end where the last
+    lexeme is complete and the grammar allows it, never before the first. Raises `ConstraintError` with line and
+    column of what is wrong.
+    """
+    return MachineConstraint(
+        compiled.get(("yacc", vocabulary.key, grammar), lambda: YaccMachine(vocabulary, grammar))
+    )
