@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
+import constraints
 from aici_vllm.controller import words
 from aici_vllm.controller.awaits import Awaitable, Decide, Decided, GetPrompt, Stop
 from aici_vllm.controller.branch import Branch as _Branch
@@ -16,12 +17,6 @@ from aici_vllm.controller.decisions import BranchDecision as Branch
 from aici_vllm.controller.decisions import MidProcessResult, Splice
 from aici_vllm.controller.program import running_program
 from constraints import Constraint, TokenSet
-from constraints import DynamicLexer as _DynamicLexer
-from constraints import lark as _lark
-from constraints import options as _options
-from constraints import regex as _regex
-from constraints import substring as _substring
-from constraints import yacc as _yacc
 
 __all__ = [
     "AiciAsync",
@@ -382,34 +377,34 @@ async def fork(branches: int | list[Branch]) -> int:
 # Constraints under the names that scripts know.
 
 
-def RegexConstraint(pattern: str) -> Constraint:  # noqa: N802 -- a script's word
+def RegexConstraint(pattern: str) -> Constraint:
     """Text that matches the pattern from start to end."""
-    return _regex(_branch().group.vocabulary, pattern)
+    return constraints.regex(_branch().group.vocabulary, pattern)
 
 
-def CfgConstraint(grammar: str) -> Constraint:  # noqa: N802
+def CfgConstraint(grammar: str) -> Constraint:
     """Text that an LR(1) grammar in yacc's language accepts."""
-    return _yacc(_branch().group.vocabulary, grammar)
+    return constraints.yacc(_branch().group.vocabulary, grammar)
 
 
-def LarkConstraint(grammar: str) -> Constraint:  # noqa: N802
+def LarkConstraint(grammar: str) -> Constraint:
     """Text that a Lark grammar accepts."""
-    return _lark(_branch().group.vocabulary, grammar)
+    return constraints.lark(_branch().group.vocabulary, grammar)
 
 
-def SubStrConstraint(template: str, stop_at: str) -> Constraint:  # noqa: N802
+def SubStrConstraint(template: str, stop_at: str) -> Constraint:
     """A run of whole words of `template`, then `stop_at`."""
-    return _substring(_branch().group.vocabulary, template, stop_at)
+    return constraints.substring(_branch().group.vocabulary, template, stop_at)
 
 
-def ChooseConstraint(options: list[str]) -> Constraint:  # noqa: N802
+def ChooseConstraint(options: list[str]) -> Constraint:
     """One of the options."""
-    return _options(_branch().group.vocabulary, options)
+    return constraints.options(_branch().group.vocabulary, options)
 
 
-def DynamicLexer(additional_id_chars: str | None = None) -> _DynamicLexer:  # noqa: N802
+def DynamicLexer(additional_id_chars: str | None = None) -> "constraints.DynamicLexer":
     """Any text whose identifiers are all among those added."""
-    return _DynamicLexer(_branch().group.vocabulary, additional_id_chars)
+    return constraints.DynamicLexer(_branch().group.vocabulary, additional_id_chars)
 
 
 # Controllers as objects.

@@ -60,7 +60,7 @@ class Branch:
         self.error: str | None = None
         self.log = Log(group.limits.log_bytes)
         self.log_level = 1
-        self.started = False
+        self.awaits = 0
         self.program: Program | None = None
         self.may_take_back = True
         self._decided_index = 0
@@ -74,7 +74,7 @@ class Branch:
 
     def mark(self) -> int:
         """Mark the end of the text; before the first await, the start of the prompt."""
-        return self.sequence.mark(len(self.sequence) if self.started else 0)
+        return self.sequence.mark(len(self.sequence) if self.awaits else 0)
 
     # What the engine and the group do.
 
@@ -116,9 +116,8 @@ class Branch:
                     self.log.write(turn.details)
                     self.fail(turn.message)
                 case Awaitable():
-                    resumed = self._begin(turn)
-                    self.started = True
-                    if not resumed:
+                    self.awaits += 1
+                    if not self._begin(turn):
                         return
 
     def resume(self, value: Any) -> None:
@@ -206,7 +205,7 @@ class Branch:
         return True
 
     def _get_prompt(self) -> bool:
-        if self.started:
+        if self.awaits > 1:
             return self._raise(RuntimeError("GetPrompt() must be the first thing a controller awaits"))
         self.resume(list(self.sequence.tokens))
         return True

@@ -117,7 +117,7 @@ class Group:
         child = Branch(self, len(self.branches), parent.sequence.copy())
         child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level
-        child.started = parent.started
+        child.awaits = parent.awaits
         child.may_take_back = parent.may_take_back
         too_many = len(self.live) >= self.limits.branches
         self.branches.append(child)

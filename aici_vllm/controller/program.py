@@ -211,5 +211,5 @@ class _LogStream(io.TextIOBase):
         self._branch = branch
 
     def write(self, text: str) -> int:
-        self._branch.log(text)
+        self._branch.log.write(text)
         return len(text)

@@ -15,7 +15,6 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 
-from aici_vllm.controller.check import check_source
 from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.controller.limits import Limits
 
@@ -112,6 +111,9 @@ def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
     elif is_name(controller):
         load_installed(controller)
     else:
+        # Most requests bring a name or nothing: only source needs the parser.
+        from aici_vllm.controller.check import check_source
+
         check_source(controller, operator_limits(vllm_config))
     arg = params.extra_args.get(CONTROLLER_ARG, "")
     if not isinstance(arg, str):

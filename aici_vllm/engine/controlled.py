@@ -26,6 +26,8 @@ class Controlled:
         parked: the request is in none of vLLM's queues.
         forward_passes: steps in which this branch was computed.
         discarded: rows computed in vain because a splice overtook them.
+        times_taken_out: how often a splice, a park or the end took the request out of the queues; a row
+            scheduled before the last time is stale.
         sent: tokens after the prompt that the client already has.
     """
 
@@ -37,6 +39,7 @@ class Controlled:
     parked: bool = True
     forward_passes: int = 0
     discarded: int = 0
+    times_taken_out: int = 0
     sent: int = 0
     finished: bool = False
 
@@ -68,10 +71,6 @@ class Controlled:
         """Whether the branch's tokens differ from those the engine holds."""
         sequence = self.branch.sequence
         return sequence.kept < self.request.num_tokens or len(sequence) > self.request.num_tokens
-
-    def samples_this_step(self) -> bool:
-        """Whether the row in flight will be sampled and kept."""
-        return not self.request.is_prefill_chunk and not self.request.num_stale_output_tokens
 
     def take_settled(self) -> list[int]:
         """The tokens that the client may see next."""

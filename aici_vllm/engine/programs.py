@@ -1,16 +1,17 @@
 """Which program a request's controller is: source in the sandbox, or a function in this process."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
 from aici_vllm.controller.branch import Branch
-from aici_vllm.controller.check import check_source
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import NativeProgram, Program
-from aici_vllm.controller.sandbox import SandboxPool
 from aici_vllm.engine.admission import is_name, load_installed
+
+if TYPE_CHECKING:
+    from aici_vllm.controller.sandbox import SandboxPool
 
 
 class Programs:
@@ -18,7 +19,7 @@ class Programs:
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        self._sandbox: SandboxPool | None = None
+        self._sandbox: "SandboxPool | None" = None
 
     def maker(self, controller: str | bytes, arg: str) -> Callable[[Branch], Program]:
         """How to make the program of a request's first branch.
@@ -42,6 +43,9 @@ class Programs:
             self._sandbox.close()
 
     def _sandboxed(self, source: str, branch: Branch) -> Program:
+        from aici_vllm.controller.check import check_source
+        from aici_vllm.controller.sandbox import SandboxPool
+
         if self._sandbox is None:
             self._sandbox = SandboxPool(self._limits)
         branch.may_take_back = check_source(source, self._limits).takes_back

@@ -66,6 +66,7 @@ class Scheduler(AsyncScheduler):
         self._thinking: set[ControlledGroup] = set()
         self._unsettled: dict[ControlledGroup, None] = {}
         self._outputs: list[tuple[int, EngineCoreOutput]] = []
+        self._step_members: dict[str, tuple[Controlled, int]] = {}
         manager = self.kv_cache_manager
         manager.allocate_slots = _reclaiming(manager.allocate_slots, self._reclaim_blocks)
 
@@ -119,11 +120,13 @@ class Scheduler(AsyncScheduler):
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        self._step_members = {}
         waits_for_token = False
         if self._controlled:
             for request_id in scheduler_output.num_scheduled_tokens:
                 member = self._controlled.get(request_id)
                 if member is not None:
+                    self._step_members[request_id] = (member, member.times_taken_out)
                     member.forward_passes += 1
                     waits_for_token |= member.request.num_output_placeholders > 0
         super()._update_after_schedule(scheduler_output)
@@ -133,22 +136,21 @@ class Scheduler(AsyncScheduler):
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
         grammar = super().get_grammar_bitmask(scheduler_output)
-        if not self._controlled:
-            return grammar
-        samplings = {}
-        for request_id in scheduler_output.num_scheduled_tokens:
-            member = self._controlled.get(request_id)
-            if member is not None and member.branch.sampling is not None and member.samples_this_step():
-                samplings[request_id] = member.branch.sampling
+        # vLLM asks for the step that it scheduled last. A row overtaken since then is dropped later.
+        samplings = {
+            request_id: member.branch.sampling
+            for request_id, (member, times_taken_out) in self._step_members.items()
+            if times_taken_out == member.times_taken_out and not member.request.is_prefill_chunk
+        }
         return self.masks.step(grammar, samplings) if samplings else grammar
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for group in self._unsettled:
+        unsettled, self._unsettled = self._unsettled, {}
+        for group in unsettled:
             self._settle(group)
-        self._unsettled.clear()
         if self._thinking:
             self._hear_from_scripts()
         for client_index, output in self._outputs:
@@ -279,6 +281,7 @@ class Scheduler(AsyncScheduler):
         request.status = RequestStatus.WAITING
         self._inflight_prefills.discard(request)
         member.parked = True
+        member.times_taken_out += 1
 
     def _remove_from_queues(self, request: Request) -> None:
         if request.status == RequestStatus.RUNNING:
@@ -293,6 +296,7 @@ class Scheduler(AsyncScheduler):
     def _finish(self, member: Controlled) -> None:
         """Free a branch that has ended. Its choice closes, except the first, which brings the results."""
         member.finished = True
+        member.times_taken_out += 1
         request = member.request
         self._remove_from_queues(request)
         request.status = RequestStatus.FINISHED_STOPPED

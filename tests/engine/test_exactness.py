@@ -1,0 +1,60 @@
+"""Every token that a branch ends with is the model's greedy choice from the same prefix."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aici_vllm
+from tests.engine.conftest import Engines
+from tests.engine.random_scripts import controller, random_program
+from tests.engine.reference import Reference
+from tests.engine.regimes import Regime
+
+SEEDS = range(40)
+
+
+@pytest.fixture(scope="session")
+def references(embedded_folder: Path, random_folder: Path) -> Any:
+    folders = {"embedded": embedded_folder, "random": random_folder}
+    return cache(lambda name: Reference(folders[name]))
+
+
+def check_branch(reference: Reference, prompt: list[int], branch: Any) -> int:
+    """Compare every sampled token with the reference; how many were compared."""
+    tokens = prompt + branch.token_ids
+    origins = [kind for kind, count in branch.sources for _ in range(count)]
+    (generations,) = [json.loads(line[1:]) for line in branch.logs.splitlines() if line.startswith("@")]
+    logits = reference.logits(tokens)
+    compared = 0
+    for start, count, kind, value in generations:
+        allowed = reference.allowed_by(kind, value)
+        for at in range(start, start + count):
+            if origins[at - len(prompt)] != "sampled":
+                continue
+            text = b"".join(map(reference.token_bytes, tokens[start:at]))
+            best = reference.best(logits[at - 1], lambda token, a=allowed, t=text: a(t, token))
+            assert tokens[at] in best, (at, kind, value, text, tokens[at], best)
+            compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("model", ["embedded", "random"])
+def test_random_scripts_are_greedy_exact(
+    engine: Engines, regime: Regime, model: str, references: Any
+) -> None:
+    llm = engine(regime, model, **aici_vllm.engine_args())
+    reference = references(model)
+    compared = 0
+    for seed in SEEDS:
+        program = random_program(random.Random(seed))
+        (result,) = aici_vllm.run(llm, controller, ["Hello there"], controller_arg=json.dumps(program))
+        for branch in result.branches:
+            assert branch.error is None, (seed, program, branch.error, branch.logs)
+            compared += check_branch(reference, result.prompt_token_ids, branch)
+        used = result.usage
+        assert used.forward_passes == used.sampled_tokens, (seed, program, used)
+    assert compared > 200
