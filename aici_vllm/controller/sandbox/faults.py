@@ -1,8 +1,9 @@
 """What a client reads when a script fails: its own lines and its own words, nothing of the sandbox's."""
 
+import re
 from collections.abc import Iterator
 
-from pydantic_monty import Frame, MontyRuntimeError, MontySyntaxError
+from pydantic_monty import ExcType, Frame, MontyRuntimeError, MontySyntaxError
 
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Raised
@@ -13,9 +14,11 @@ SCRIPT_FILE = "<python-input-1>"
 SHOWN_FRAMES = 20
 """Frames that a traceback in the logs lists; recursion has a thousand."""
 
+ONE_STRING = "Internal error in monty: exceptions can only be called with zero or one string argument"
+_IN_CALLBACK = re.compile(r"external function '(.+)' cannot suspend in this synchronous context")
 UNSUPPORTED = "The monty syntax parser does not yet support "
 
-CATCHABLE = (
+CATCHABLE: tuple[ExcType, ...] = (
     "AssertionError",
     "AttributeError",
     "IndexError",
@@ -34,10 +37,13 @@ CATCHABLE = (
 """Exceptions that the sandbox knows and a word may raise."""
 
 
-def sandbox_exception(error: Exception) -> str:
+def sandbox_exception(error: Exception) -> ExcType:
     """The sandbox's name for the nearest class of `error` that it knows."""
-    names = [cls.__name__ for cls in type(error).__mro__]
-    return next((name for name in names if name in CATCHABLE), "RuntimeError")
+    for cls in type(error).__mro__:
+        for name in CATCHABLE:
+            if name == cls.__name__:
+                return name
+    return "RuntimeError"
 
 
 def script_fault(error: MontyRuntimeError | MontySyntaxError, source: str, limits: Limits) -> Raised:
@@ -59,7 +65,9 @@ def _in_our_words(message: str, limits: Limits) -> str:
         return f"MemoryError: a script may use {limits.memory} bytes of memory"
     if UNSUPPORTED in message:
         return f"SyntaxError: the sandbox does not run {message.split(UNSUPPORTED)[1]}"
-    return message.replace("Internal error in monty: ", "in the sandbox ")
+    if callback := _IN_CALLBACK.search(message):
+        return f"NotImplementedError: {callback[1]}() cannot be asked from a sort key or another callback"
+    return message.replace(ONE_STRING, "in the sandbox an exception takes one string or nothing")
 
 
 def time_limit(limits: Limits, started: bool) -> str:

@@ -8,12 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pydantic_monty
 
+import constraints
 from aici_vllm.controller import awaits, words
-from aici_vllm.controller.awaits import Awaitable
+from aici_vllm.controller.awaits import Awaitable, Decided
 from aici_vllm.controller.branch import Branch
-from aici_vllm.controller.decisions import MidProcessResult
+from aici_vllm.controller.decisions import BranchDecision, MidProcessResult, Splice
+from constraints import Constraint, TokenSet, Vocabulary
+
+MOST_CONSTRAINTS = 256
+"""Constraints that one script may hold."""
 
 LARGEST_ARGUMENT = 1 << 20
 """Characters, bytes and items that one call may hand over, all its arguments together."""
@@ -21,7 +27,7 @@ LARGEST_ARGUMENT = 1 << 20
 
 @dataclass(slots=True)
 class Pending:
-    """The answer of a word that is awaited: what the branch must do, and how its result looks to the script."""
+    """The answer of an awaited word: what the branch must do, and how its result looks to the script."""
 
     awaitable: Awaitable
     convert: Callable[[Any], Any]
@@ -36,10 +42,19 @@ class Host:
 
     def __init__(self, branch: Branch):
         self.branch = branch
+        self.constraints: dict[int, Constraint] = {}
+        self.lexers: dict[int, constraints.DynamicLexer] = {}
+        """Lexers under the number of their only constraint."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.branch.group.vocabulary
 
     def fork(self, branch: Branch) -> "Host":
         """The same for a copy of the script that goes on as `branch`."""
-        return Host(branch)
+        copy = Host(branch)
+        copy.constraints = {handle: constraint.fork() for handle, constraint in self.constraints.items()}
+        return copy
 
     def call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Answer the word `name`: a value, or a `Pending` for one that is awaited.
@@ -85,11 +100,15 @@ def _size(value: Any) -> int:
     return 0
 
 
+def _attribute(thing: Any, name: str) -> Any:
+    """What an object of the sandbox holds; it crosses as a picture of itself."""
+    return thing.attributes.get(name) if isinstance(thing, pydantic_monty.MontyClassProxy) else None
+
+
 def _mark(label: Any) -> int:
-    """The mark of a `Label`, which crosses as a picture of the sandbox's object."""
-    mark = label.attributes.get("mark") if isinstance(label, pydantic_monty.MontyClassProxy) else None
+    mark = _attribute(label, "mark")
     if not isinstance(mark, int):
-        raise TypeError(f"following= takes a Label, not {label!r}")
+        raise TypeError(f"following= takes a Label, not {type(label).__name__}")
     return mark
 
 
@@ -106,27 +125,27 @@ def _ids(tokens: Any) -> list[int]:
 def tokenize(host: Host, text: str | bytes) -> list[int]:
     if not isinstance(text, (str, bytes)):
         raise TypeError(f"tokenize() takes str or bytes, not {type(text).__name__}")
-    return host.branch.group.vocabulary.tokenize(text)
+    return host.vocabulary.tokenize(text)
 
 
 @_word
 def detokenize(host: Host, tokens: list[int]) -> bytes:
-    return host.branch.group.vocabulary.detokenize(_ids(tokens))
+    return host.vocabulary.detokenize(_ids(tokens))
 
 
 @_word
 def token_repr(host: Host, token: int) -> str:
-    return host.branch.group.vocabulary.token_repr(_ids([token])[0])
+    return host.vocabulary.token_repr(_ids([token])[0])
 
 
 @_word
 def tokens_repr(host: Host, tokens: list[int]) -> str:
-    return host.branch.group.vocabulary.tokens_repr(_ids(tokens))
+    return host.vocabulary.tokens_repr(_ids(tokens))
 
 
 @_word
 def eos_token(host: Host) -> int:
-    return host.branch.group.vocabulary.eos_token_id
+    return host.vocabulary.eos_token_id
 
 
 @_word
@@ -169,7 +188,12 @@ def get_tokens(host: Host) -> list[int]:
 
 @_word
 def get_prompt_len(host: Host) -> int:
-    return host.branch.sequence.prompt_len
+    return host.branch.initial_prompt_len
+
+
+@_word
+def controller_arg(host: Host) -> str:
+    return host.branch.group.arg
 
 
 @_word
@@ -178,8 +202,9 @@ def get_config(host: Host, name: str) -> int:
 
 
 @_word
-def Label(host: Host) -> int:
-    return host.branch.mark()
+def Label(host: Host) -> tuple[int, int]:
+    mark = host.branch.mark()
+    return mark, host.branch.sequence.position(mark)
 
 
 @_word
@@ -190,6 +215,101 @@ def tokens_since(host: Host, mark: int) -> list[int]:
 @_word
 def text_since(host: Host, mark: int) -> str:
     return words.text_since(host.branch, mark)
+
+
+# Token sets and constraints.
+
+
+def _set(host: Host, bits: Any) -> TokenSet:
+    """The token set that a script's packed bits stand for."""
+    vocabulary = host.vocabulary
+    if not isinstance(bits, bytes) or len(bits) != 4 * vocabulary.num_words:
+        raise TypeError("expected a TokenSet of this model")
+    return TokenSet(vocabulary.size, vocabulary, np.frombuffer(bits, np.int32).copy())
+
+
+@_word
+def empty_set(host: Host) -> tuple[int, bytes]:
+    return host.vocabulary.size, bytes(4 * host.vocabulary.num_words)
+
+
+@_word
+def full_set(host: Host) -> tuple[int, bytes]:
+    return host.vocabulary.size, host.vocabulary.all_tokens().row.tobytes()
+
+
+@_word
+def new_constraint(host: Host, kind: str, *args: Any) -> int:
+    handle = _new_handle(host)
+    host.constraints[handle] = _make_constraint(host.vocabulary, kind, *args)
+    return handle
+
+
+def _new_handle(host: Host) -> int:
+    if len(host.constraints) >= MOST_CONSTRAINTS:
+        raise ValueError(f"a script may make {MOST_CONSTRAINTS} constraints")
+    return len(host.constraints)
+
+
+def _make_constraint(vocabulary: Vocabulary, kind: str, *args: Any) -> Constraint:
+    match kind, args:
+        case "any text", ():
+            return constraints.AnyText(vocabulary)
+        case "regex", (str() as pattern,):
+            return constraints.regex(vocabulary, pattern)
+        case "yacc", (str() as grammar,):
+            return constraints.yacc(vocabulary, grammar)
+        case "lark", (str() as grammar,):
+            return constraints.lark(vocabulary, grammar)
+        case "substring", (str() as template, str() as stop_at):
+            return constraints.substring(vocabulary, template, stop_at)
+        case "options", (list() as options,):
+            return constraints.options(vocabulary, options)
+    raise TypeError(f"a constraint of kind {kind} cannot be made of {args!r}")
+
+
+def _constraint(host: Host, handle: Any) -> Constraint:
+    if not isinstance(handle, int) or handle not in host.constraints:
+        raise TypeError("expected a constraint made by aici.RegexConstraint or its likes")
+    return host.constraints[handle]
+
+
+@_word
+def ask_constraint(host: Host, handle: int, question: str, token: int = 0) -> Any:
+    constraint = _constraint(host, handle)
+    token = _ids([token])[0]
+    match question:
+        case "eos_allowed":
+            return constraint.eos_allowed()
+        case "eos_forced":
+            return constraint.eos_forced()
+        case "token_allowed":
+            return constraint.token_allowed(token)
+        case "append_token":
+            return constraint.append_token(token)
+        case "allow_tokens":
+            return constraint.mask_row().tobytes()
+    raise ValueError(f"constraints do not answer {question!r}")
+
+
+def _lexer(host: Host, handle: Any) -> Any:
+    lexer = host.lexers.get(handle) if isinstance(handle, int) else None
+    if lexer is None:
+        raise TypeError("expected an aici.DynamicLexer")
+    return lexer
+
+
+@_word
+def new_lexer(host: Host, additional_id_chars: str | None = None) -> int:
+    handle = _new_handle(host)
+    host.lexers[handle] = constraints.DynamicLexer(host.vocabulary, additional_id_chars)
+    host.constraints[handle] = host.lexers[handle].constraint()
+    return handle
+
+
+@_word
+def add_identifier(host: Host, handle: int, identifier: str) -> None:
+    _lexer(host, handle).add(identifier)
 
 
 # Words that are awaited.
@@ -213,6 +333,7 @@ def gen_tokens(
     stop_at: str | None = None,
     max_tokens: int = 20,
     *,
+    constraint: Any = None,
     grammar: str | None = None,
     json_schema: Any = None,
     min_tokens: int = 0,
@@ -229,26 +350,51 @@ def gen_tokens(
         store_var=store_var,
         stop_at=stop_at,
         max_tokens=max_tokens,
+        constraint=None if constraint is None else _constraint(host, _attribute(constraint, "handle")),
         grammar=grammar,
         json_schema=json_schema,
         min_tokens=min_tokens,
         temperature=temperature,
         top_p=top_p,
     )
-    return Pending(generate, _same)
+    return Pending(generate, list)
 
 
 @_word
 def gen_text(host: Host, *args: Any, **kwargs: Any) -> Pending:
     def text(tokens: list[int]) -> str:
-        return host.branch.group.vocabulary.detokenize(tokens).decode(errors="replace")
+        return host.vocabulary.detokenize(tokens).decode(errors="replace")
 
     return Pending(gen_tokens(host, *args, **kwargs).awaitable, text)
 
 
 @_word
-def fork(host: Host, forks: int) -> Pending:
+def fork(host: Host, branches: Any) -> Pending:
+    forks = branches if isinstance(branches, int) else _decisions(host, branches)
     return Pending(words.fork(host.branch, forks), lambda decided: decided.index)
+
+
+@_word
+def decide(host: Host, branches: Any) -> Pending:
+    def seen(decided: Decided) -> tuple[int, list[int], bool]:
+        ends = host.vocabulary.eos_token_ids
+        return decided.backtrack, decided.tokens, any(token in ends for token in decided.tokens)
+
+    return Pending(awaits.Decide(MidProcessResult(_decisions(host, branches))), seen)
+
+
+def _decisions(host: Host, branches: Any) -> list[BranchDecision]:
+    """Branches as the prelude writes them: (mask or None, [(when_sampled, backtrack, ff_tokens), ...])."""
+    try:
+        return [
+            BranchDecision(
+                splices=[Splice(when_sampled=w, backtrack=b, ff_tokens=ff) for w, b, ff in splices],
+                sample_mask=None if bits is None else _set(host, bits),
+            )
+            for bits, splices in branches
+        ]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"not a list of branches: {error}") from None
 
 
 @_word

@@ -73,7 +73,7 @@ class SandboxPool:
             self._changed.notify_all()
         self._busy.set()
         for program in waiting:
-            program.end_turn(Raised("ControllerError: the sandbox was closed"))
+            program.end_turn(Raised("the sandbox was closed"))
         for lane in lanes:
             if (running := lane.program) is not None:
                 lane.worker.abandon(running)
@@ -211,4 +211,4 @@ class Lane(threading.Thread):
         except BaseException as error:
             # The branch must hear of it, or its request would wait for ever.
             logger.exception("a turn in the sandbox failed")
-            return Raised(f"ControllerError: the sandbox failed: {type(error).__name__}: {error}")
+            return Raised(f"the sandbox failed: {type(error).__name__}: {error}")

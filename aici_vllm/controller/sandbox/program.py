@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Suspended:
-    """A script stopped at an await: everything it is, so that any worker can go on with it, any number of times."""
+    """A script stopped at an await: all that it is. Any worker can go on with it, any number of times."""
 
     dump: bytes
     call_id: int
     awaited: dict[int, Pending]
-    """The awaits that have begun, by the sandbox's number; `call_id` is the one that is answered next."""
+    """The awaits that have begun, by the sandbox's number; the one of `call_id` is answered next."""
 
 
 @dataclass(slots=True)

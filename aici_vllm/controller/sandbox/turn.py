@@ -17,6 +17,7 @@ from pydantic_monty import (
 
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Raised, Returned, Turn
+from aici_vllm.controller.sandbox.awaited_objects import wrap_awaits
 from aici_vllm.controller.sandbox.faults import sandbox_exception, script_fault
 from aici_vllm.controller.sandbox.host import WORDS, Pending
 from aici_vllm.controller.sandbox.program import Result, SandboxProgram, Suspended
@@ -27,14 +28,12 @@ LAST_LINE = "\nawait _aici_run()"
 """Follows every script: runs what it gave to `aici.start`."""
 
 ENDS = {
-    "not started": "ControllerError: the script never called aici.start(...)",
+    "not started": "the script never called aici.start(...)",
     "not async": "TypeError: aici.start() takes an async function; the one it got returned no coroutine",
 }
 """What `_aici_run` returns when there is nothing to run."""
 
-NOTHING_AWAITED = (
-    "ControllerError: the controller awaited nothing, so it generated nothing; is an `await` missing?"
-)
+NOTHING_AWAITED = "the controller awaited nothing, so it generated nothing; is an `await` missing?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,8 @@ class Prelude:
 def make_prelude(session: MontySession) -> Prelude:
     """Define the words in a fresh session, and keep a copy of it."""
     text = Path(__file__).with_name("prelude.py").read_text()
-    modules = session.feed_run(text, inputs={"_aici_host": {name: _host_function(name) for name in WORDS}})
+    host = {name: _host_function(name) for name in WORDS}
+    modules = session.feed_run(text, inputs={"_aici_host": host, "_aici_bytes": bytes(range(256))})
     return Prelude(session.dump(), modules)
 
 
@@ -92,7 +92,8 @@ class TurnRun:
         suspended = self._program.suspended
         if suspended is None:
             self._session.load_session(self._prelude.dump)
-            return self._session.feed_start(self._program.source + LAST_LINE, print_callback=self._print)
+            source = wrap_awaits(self._program.source) + LAST_LINE
+            return self._session.feed_start(source, print_callback=self._print)
         snapshot = self._session.load_snapshot(suspended.dump, print_callback=self._print)
         assert isinstance(snapshot, FutureSnapshot)
         self._awaited = dict(suspended.awaited)
@@ -122,7 +123,7 @@ class TurnRun:
 
     def _complete(self, output: Any) -> Turn:
         if output is not None:
-            return Raised(ENDS.get(output, "ControllerError: the script replaced _aici_run"))
+            return Raised(ENDS.get(output, "the script replaced _aici_run"))
         return Returned() if self._program.started else Raised(NOTHING_AWAITED)
 
     def _system_call(self, call: FunctionSnapshot) -> Snapshot:

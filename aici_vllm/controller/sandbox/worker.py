@@ -14,7 +14,9 @@ from aici_vllm.controller.sandbox.faults import time_limit
 from aici_vllm.controller.sandbox.program import SandboxProgram
 from aici_vllm.controller.sandbox.turn import Abandoned, Prelude, TurnRun, make_prelude
 
-WORKER_DIED = "ControllerError: the sandbox process died while it ran this script; nothing else was lost, send the request again"
+WORKER_DIED = (
+    "the sandbox process died while it ran this script; nothing else was lost: send the request again"
+)
 
 MAX_SUSPENSIONS = 1_000_000
 """Words that one turn may use; its time ends long before."""
@@ -23,7 +25,7 @@ LOWEST_PRIORITY = 19
 
 
 class Worker:
-    """A process that runs one turn at a time. A crash or a kill costs that turn; the next one gets a fresh process."""
+    """A process that runs one turn at a time. A crash or a kill costs that turn and no other."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
@@ -54,7 +56,7 @@ class Worker:
             return Raised(watch.fault if watch and watch.fault else WORKER_DIED)
 
     def check(self) -> float:
-        """Kill the process if its turn broke a time limit. Seconds that the turn has run; 0 when none runs."""
+        """Kill the process if its turn broke a time limit. Seconds that the turn has run, 0 if none runs."""
         with self._lock:
             return self._watch.check() if self._watch is not None else 0.0
 
@@ -62,7 +64,7 @@ class Worker:
         """Kill the process if it runs `program`."""
         with self._lock:
             if self._watch is not None and self._watch.program is program:
-                self._watch.kill("ControllerError: closed")
+                self._watch.kill("closed")
 
     def slow_down(self) -> None:
         """Let everybody else compute first for the rest of this turn."""

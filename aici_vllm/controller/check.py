@@ -1,0 +1,277 @@
+"""What is known of a script without running it: whether the sandbox takes it, and if it takes text back.
+
+Everything here is linear in the source and never executes it, so it is safe to do for whoever asks.
+"""
+
+import ast
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from aici_vllm.controller.errors import ScriptError
+from aici_vllm.controller.limits import Limits
+
+MODULES = frozenset(
+    [
+        "asyncio",
+        "base64",
+        "binascii",
+        "bisect",
+        "collections",
+        "copy",
+        "csv",
+        "dataclasses",
+        "datetime",
+        "decimal",
+        "functools",
+        "hashlib",
+        "itertools",
+        "json",
+        "math",
+        "os",
+        "os.path",
+        "pathlib",
+        "posixpath",
+        "random",
+        "re",
+        "sys",
+        "time",
+        "tomllib",
+        "typing",
+        "unicodedata",
+    ]
+)
+"""What a script can import beside aici, as far as the sandbox has it."""
+
+AICI_MODULES = frozenset(["aici", "aici_vllm", "aici_vllm.aici", "pyaici", "pyaici.server"])
+
+MOST_TOKENS = 50_000
+"""Words and signs outside strings. Python's parser holds everything up for about 4 us on each."""
+
+MOST_FIELD_WORK = 200_000_000
+"""Sum over f-strings of fields times length: Python's parser takes that many steps, about 0.3 ns each."""
+
+SMALL = 1 << 13
+"""Characters below which a source is parsed without a look at its cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptFacts:
+    """What is known of a script that the sandbox takes."""
+
+    takes_back: bool
+    """Whether it could ever take back text that it has written."""
+
+
+@functools.lru_cache(maxsize=32)
+def check_source(source: str, limits: Limits) -> ScriptFacts:
+    """Look at a script before anything runs.
+
+    Raises:
+        ScriptError: what the sandbox would not take, where, and what to write instead.
+    """
+    _check_size(source, limits)
+    _check_cost(source)
+    tree = _parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, _SUSPECTS):
+            for message in _refusals(node):
+                raise ScriptError(message, getattr(node, "lineno", None))
+    _check_start(tree)
+    return ScriptFacts(takes_back=takes_back(source))
+
+
+# Size and syntax.
+
+
+def _check_size(source: str, limits: Limits) -> None:
+    # A character takes one byte or more: long sources need no encoding to be refused.
+    size = len(source)
+    if size <= limits.source_bytes:
+        size = len(source.encode(errors="surrogatepass"))
+    if size > limits.source_bytes:
+        raise ScriptError(f"the script has {size} bytes; a script may have {limits.source_bytes}")
+
+
+_STRING_OR_COMMENT = re.compile(
+    r"""\#[^\n]*+
+    | (?P<prefix>(?<!\w)[a-zA-Z]{0,2})
+      (?: \"\"\" (?:[^"\\]++ | \\. | "(?!""))*+ (?:\"\"\")?
+        | \'\'\' (?:[^'\\]++ | \\. | '(?!''))*+ (?:\'\'\')?
+        | "(?:[^"\\\n]++ | \\.)*+ "?
+        | '(?:[^'\\\n]++ | \\.)*+ '? )""",
+    re.VERBOSE | re.DOTALL,
+)
+_TOKEN = re.compile(r"\w++|[^\w\s]")
+
+
+def _check_cost(source: str) -> None:
+    """Refuse what Python's parser would take seconds for."""
+    if len(source) < SMALL:
+        return
+    work = tokens = 0
+    for match in _STRING_OR_COMMENT.finditer(source):
+        tokens += match["prefix"] is not None
+        if "f" in (match["prefix"] or "").lower():
+            work += match[0].count("{") * len(match[0])
+    if work > MOST_FIELD_WORK:
+        raise ScriptError("the script's f-strings are too long: split them, or use str.format")
+    tokens += sum(1 for _ in _TOKEN.finditer(_STRING_OR_COMMENT.sub(" ", source)))
+    if tokens > MOST_TOKENS:
+        raise ScriptError(
+            f"the script has about {tokens} words and signs outside strings, and may have {MOST_TOKENS}: "
+            "put data into strings and read it with json.loads"
+        )
+
+
+def _parse(source: str) -> ast.Module:
+    if "\0" in source:
+        raise ScriptError("the script holds a null byte", source.count("\n", 0, source.index("\0")) + 1)
+    try:
+        return ast.parse(source)
+    except SyntaxError as error:
+        raise ScriptError(f"SyntaxError: {error.msg}", error.lineno) from None
+    except (RecursionError, MemoryError):
+        raise ScriptError(
+            "the script is nested too deeply for Python's parser: break long expressions up"
+        ) from None
+    except UnicodeEncodeError as error:
+        line = source.count("\n", 0, error.start) + 1
+        raise ScriptError("the script holds half a character (a lone surrogate)", line) from None
+
+
+# What the sandbox cannot run.
+
+_SUSPECTS = (
+    ast.Yield,
+    ast.YieldFrom,
+    ast.ClassDef,
+    ast.Delete,
+    ast.AsyncFor,
+    ast.AsyncWith,
+    ast.comprehension,
+    ast.TryStar,
+    ast.AugAssign,
+    ast.Import,
+    ast.ImportFrom,
+    ast.Raise,
+)
+"""Kinds of node that `_refusals` has a word on."""
+
+
+def _refusals(node: ast.AST) -> Iterator[str]:
+    """Why the sandbox does not take `node`, and what to write instead."""
+    match node:
+        case ast.Yield() | ast.YieldFrom():
+            yield "the sandbox has no generators (yield): collect the items in a list and return it"
+        case ast.ClassDef():
+            yield from _class_refusals(node)
+        case ast.Delete():
+            yield "the sandbox has no del: use list.pop, dict.pop, or assign None"
+        case ast.AsyncFor():
+            yield "the sandbox has no async for: use a plain for, with await inside"
+        case ast.AsyncWith():
+            yield "the sandbox has no async with: use a plain with, or try and finally, with await inside"
+        case ast.comprehension(is_async=1):
+            yield "the sandbox has no async comprehensions: use a for loop with await inside"
+        case ast.TryStar():
+            yield "the sandbox has no except*: use except"
+        case ast.AugAssign(op=ast.MatMult()):
+            yield "the sandbox has no @=: write a = a @ b"
+        case ast.Raise(exc=ast.Call(args=[_, _, *_])):
+            yield "the sandbox's exceptions take one string: write it as an f-string"
+        case ast.Import():
+            for alias in node.names:
+                yield from _import_refusals(alias.name)
+        case ast.ImportFrom():
+            yield from _import_from_refusals(node)
+
+
+def _class_refusals(node: ast.ClassDef) -> Iterator[str]:
+    if node.bases or node.keywords:
+        bases = [ast.unparse(base).rsplit(".")[-1] for base in node.bases]
+        yield f"the sandbox has no class inheritance: {_instead_of_bases(node.name, bases)}"
+    for statement in node.body:
+        match statement:
+            case (
+                ast.FunctionDef(decorator_list=[decorator, *_])
+                | ast.AsyncFunctionDef(decorator_list=[decorator, *_])
+            ):
+                yield f"the sandbox has no decorated methods: write {method} without @{ast.unparse(decorator)}"
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Pass() | ast.AnnAssign(target=ast.Name()):
+                pass
+            case ast.Assign(targets=[ast.Name()]) | ast.Expr(value=ast.Constant()):
+                pass
+            case _:
+                yield (
+                    f"a class in the sandbox holds methods and `name = value` only: move line {statement.lineno} "
+                    f"out of class {node.name}"
+                )
+
+
+def _instead_of_bases(name: str, bases: list[str]) -> str:
+    if any(base.endswith(("Exception", "Error")) for base in bases):
+        return "raise one of Python's own exceptions, such as ValueError"
+    if "NextToken" in bases:
+        return f"write `class {name}:`; any object with a mid_process method can be awaited"
+    if "Constraint" in bases:
+        return f"write `class {name}:` with eos_allowed, eos_forced, append_token and allow_tokens"
+    return f"write `class {name}:`, and hold what it would inherit in an attribute"
+
+
+def _import_refusals(module: str) -> Iterator[str]:
+    if module not in MODULES | AICI_MODULES:
+        yield f"the sandbox has no module {module!r}; it has aici, {', '.join(sorted(MODULES))}"
+
+
+def _import_from_refusals(node: ast.ImportFrom) -> Iterator[str]:
+    if node.level:
+        yield "a script has no package: write the import without the leading dots"
+    elif any(alias.name == "*" for alias in node.names):
+        yield f"the sandbox has no `import *`: name what you need from {node.module}"
+    elif node.module != "__future__":
+        yield from _import_refusals(node.module or "")
+
+
+def _check_start(tree: ast.Module) -> None:
+    imports, starts = False, False
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                imports |= any(alias.name in AICI_MODULES for alias in names)
+            case ast.ImportFrom(module=module):
+                imports |= module in AICI_MODULES
+            case (
+                ast.Call(func=ast.Attribute(attr="start" | "test"))
+                | ast.Call(func=ast.Name(id="start" | "test"))
+            ):
+                starts = True
+    if not imports:
+        raise ScriptError("the script never imports aici: begin it with `import aici`")
+    if not starts:
+        raise ScriptError("the script never calls aici.start(...): end it with `aici.start(main())`")
+
+
+# What a script can do.
+
+_STRING = r"""[a-zA-Z]{0,2}(?:"(?:[^"\\\n]++|\\.)*+"|'(?:[^'\\\n]++|\\.)*+')"""
+_PLAIN_FIXED_TEXT = re.compile(rf"FixedTokens\s*+\(\s*+(?:(?:{_STRING}\s*+)++|[\w.]++)\s*+\)")
+_TAKES_BACK = re.compile(r"FixedTokens|\b(?:following|Splice|MidProcessResult|NextToken|eval|exec|getattr)\b")
+
+
+def takes_back(source: str) -> bool:
+    """Whether a script could take back text: False only when it plainly cannot. Linear, no parser.
+
+    It cannot when all its fixed text is written as `FixedTokens("text")` or `FixedTokens(name)`, with no
+    second argument, and nothing else in it could reach the words that take back.
+    """
+    if not source.isascii():
+        source = unicodedata.normalize("NFKC", source)
+    return _TAKES_BACK.search(_PLAIN_FIXED_TEXT.sub(_without_word, source)) is not None
+
+
+def _without_word(plain: re.Match[str]) -> str:
+    # An f-string can hold another call.
+    return plain[0].removeprefix("FixedTokens")
