@@ -23,6 +23,8 @@ SPECIAL = b"\xff"
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 """Without it llguidance narrows a mask to its own choice of a token where the bytes are forced."""
 
+NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias", "EndOfSentence")
+
 _tokenizers: WeakKeyDictionary[Vocabulary, LLTokenizer] = WeakKeyDictionary()
 
 
@@ -62,10 +64,18 @@ def matcher(vocabulary: Vocabulary, lark: str) -> LLMatcher:
 
 
 def compute_row(vocabulary: Vocabulary, at: LLMatcher) -> Row:
-    """The text tokens that `at` allows, as a writable row. `ConstraintError` when the engine hits its limits."""
+    """The text tokens that `at` allows, writable. `ConstraintError` when the engine hits its limits.
+
+    Where no token can follow, `at` ends in its error state, which it never leaves.
+    """
+    if at.is_stopped():
+        return np.zeros(vocabulary.num_words, np.int32)
     bits = at.compute_bitmask()
     if at.is_error():
-        raise ConstraintError(f"the grammar became too complex here: {first_line(at.get_error())}")
+        message = first_line(at.get_error())
+        if message in NOTHING_FOLLOWS:
+            return np.zeros(vocabulary.num_words, np.int32)
+        raise ConstraintError(f"the grammar became too complex here: {message}")
     return np.frombuffer(bits, np.int32, vocabulary.num_words) & vocabulary.text_tokens.row
 
 
@@ -142,10 +152,19 @@ class GuidanceConstraint(Constraint):
         return "grammar", self._grammar.number, self._history[-1]
 
     def _make_row(self) -> Row:
+        ends = self._matcher.is_accepting()
         row = compute_row(self.vocabulary, self._matcher)
-        if self._matcher.is_accepting():
+        if self._matcher.is_error():
+            self._matcher = self._replayed()
+        if ends:
             row |= self.vocabulary.eos_row
         return row
+
+    def _replayed(self) -> LLMatcher:
+        """A matcher in this position that was not asked for a mask yet."""
+        at = self._grammar.fresh.deep_copy()
+        at.consume_tokens([token for token in self._tokens if token not in self.vocabulary.eos_token_ids])
+        return at
 
     def rollback(self, count: int) -> None:
         if not 0 <= count <= len(self._tokens):

@@ -1,0 +1,148 @@
+"""Regex constraints against a matcher that shares no code with them."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from constraints import ConstraintError, regex
+from tests.constraints.regex_oracle import RegexOracle
+from tests.constraints.walks import small_vocabulary, walk
+
+VOCABULARY = small_vocabulary(
+    "ab", "aa", "abc", "ba", "bb", "aab", "a1", "12", "1.", " a", "a ", "é", "éa", "日本", b"\xc3", b"\xa9", b"\xe6\x97",
+    b"\xa5", b"a\xe6", "_", "\n\n", b"\xf0\x9f", b"\x98\x80", "😀", "ß", b"\xff", b"\xc0\x80", b"\xed\xa0", "-",
+    single="abcAB012 .\n\"é",
+)  # fmt: skip
+
+PATTERNS = [
+    "a", "a|b", "ab|abc", "a*", "a+b", "(a+)+b", "(a|ab)(c|bcd)?", "a{2,4}b{0,2}", "(ab?){2,3}", "[^a]*", ".{1,5}",
+    r"\d+\.\d{2}", r"[\w-]+", r"\s*a\s*", "日本|日曜", "[é-ü]+a?", "(?:é|a){3}", r"[^\n\"]*", "", "a?b?c?", "(a|)(b|)+",
+    "^ab$", "^a|b$", "(?P<name>a)b", r"\x61\u00e9", "[a-c]{3,}", "a{0}b", "a{,2}b", "(a*)*b",
+    "[]a]b", "[^]a]b", "a{b", "😀?a", "(a|b|ab)*c", ".*a.{3}", "a{0,5}a{0,5}a{2}", "x{2}a|x{2}b|[a-b]*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks_are_brute_force_along_walks(pattern: str):
+    oracle = RegexOracle(pattern)
+    for seed in range(4):
+        text = walk(regex(VOCABULARY, pattern), VOCABULARY, oracle.viable, oracle.matches, Random(seed))
+        if oracle.matches(text):
+            assert re.fullmatch(pattern, text.decode(), re.ASCII)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "plain"),
+    [
+        ("(?i)aB+", "[aA][bB]+"), ("a(?i:b)c", "a[bB]c"), ("(?i)[^a]", "[^aA]"), ("(?s).+", r"[\s\S]+"),
+        ("(?s:.)(?-s:.)", r"[\s\S]."), ("(?is)a.", r"[aA][\s\S]"), (r"\p{Nd}+", "[0-9]+"), (r"\pL1", "[a-zA-Zéß日本]1"),
+        ("[[:alpha:]]+", "[a-zA-Z]+"), (r"\x{e9}", "é"), (r"\Aab\z", "ab"), ("(?<n>a)b", "ab"), (r"[\^\-\]b]", "[-b^\\]]"),
+    ],
+)  # fmt: skip
+def test_what_python_writes_otherwise(pattern: str, plain: str):
+    oracle = RegexOracle(plain)
+    if pattern.startswith(r"\p"):
+        # Only for the letters of this vocabulary are the two the same.
+        letters = small_vocabulary("ab", "日本", single="abAB12é .")
+    else:
+        letters = VOCABULARY
+    for seed in range(2):
+        walk(regex(letters, pattern), letters, oracle.viable, oracle.matches, Random(seed), steps=1 + 3 * (letters is VOCABULARY))
+
+
+CHARS = st.sampled_from(["a", "b", "c", "1", " ", "é", "日", ".", r"\.", r"\d", r"\w", r"\s", r"\D", "[ab]", "[^a]", "[é-日]"])
+
+
+def _patterns() -> st.SearchStrategy[str]:
+    def grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        counts = st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "{0,2}", "{2,}", "*?", "+?"])
+        return st.one_of(
+            st.tuples(inner, inner).map("".join),
+            st.lists(inner, min_size=2, max_size=3).map(lambda options: "(" + "|".join(options) + ")"),
+            st.tuples(inner, counts).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
+        )
+
+    return st.recursive(CHARS, grow, max_leaves=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_patterns(), st.integers(0, 1 << 16))
+def test_masks_of_generated_patterns_are_brute_force(pattern: str, seed: int):
+    oracle = RegexOracle(pattern)
+    walk(regex(VOCABULARY, pattern), VOCABULARY, oracle.viable, oracle.matches, Random(seed), steps=6)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what", "place"),
+    [
+        ("a(?=b)", "look-ahead", 1), ("a(?<!b)", "look-behind", 1), (r"(a)\1", "back reference", 3),
+        (r"a\b", "assertion", 1), ("a**", "repeat of a repeat", 1), ("*a", "nothing to repeat", 0), ("(a", "never closed", 0),
+        ("a)", "unbalanced", 1), ("[a", "never closed", 0), ("a{3,1}", "swapped", 1), ("[b-a]", "swapped", 1),
+        (r"\p{Greek}", "property", 0), ("a$b", "middle", 1), ("b^a", "middle", 1), ("a++", "possessive", 2),
+        ("(?>a)", "atomic", 0), ("(?m)a", "flag", 2), (r"\xzz", "hexadecimal", 0), ("[a&&b]", "intersection", 2),
+        (r"\q", "escape", 0), ("[[:foo:]]", "POSIX", 1), (r"\ud800", "not a character", 0),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named_with_its_place(pattern: str, what: str, place: int):
+    with pytest.raises(ConstraintError, match=f"{what}.* at character {place}"):
+        regex(VOCABULARY, pattern)
+
+
+@pytest.mark.parametrize("pattern", [".{1,100000}", "(a{1,1000}){1,1000}", "((((a{99}){99}){99}){99}){99}", "a{999999999999}"])
+def test_a_pattern_that_is_too_large_is_refused(pattern: str):
+    with pytest.raises(ConstraintError, match="repeat"):
+        regex(VOCABULARY, pattern)
+
+
+def test_deep_nesting_is_refused():
+    with pytest.raises(ConstraintError, match="nest deeper"):
+        regex(VOCABULARY, "(" * 5000 + "a" + ")" * 5000)
+
+
+def test_a_pattern_without_a_match_is_refused():
+    with pytest.raises(ConstraintError, match="no text"):
+        regex(VOCABULARY, r"[^\s\S]")
+
+
+def test_the_end_is_forced_only_when_no_byte_can_follow():
+    constraint = regex(VOCABULARY, "ab?")
+    constraint.append_token(VOCABULARY.greedy(b"a")[0])
+    assert constraint.eos_allowed() and not constraint.eos_forced()
+    constraint.append_token(VOCABULARY.greedy(b"b")[0])
+    assert constraint.eos_forced()
+
+
+def test_equal_states_share_one_mask_across_objects_and_paths():
+    one, two = regex(VOCABULARY, "[ab]*c"), regex(VOCABULARY, "[ab]*c")
+    for token in VOCABULARY.greedy(b"abab"):
+        one.append_token(token)
+    assert one.state_key() == two.state_key()
+    assert one.mask_row() is two.mask_row()
+    assert regex(VOCABULARY, "[ab]*d").state_key() != one.state_key()
+
+
+def test_an_illegal_token_is_an_error_and_changes_nothing():
+    constraint = regex(VOCABULARY, "ab")
+    before = constraint.mask_row()
+    for token in (VOCABULARY.greedy(b"b")[0], 2, VOCABULARY.size - 1, VOCABULARY.size, -1):
+        with pytest.raises(ConstraintError, match="not allowed"):
+            constraint.append_token(token)
+    assert constraint.mask_row() is before
+    constraint.append_token(0)
+    assert constraint.mask_row() is before
+    with pytest.raises(ConstraintError, match="take back"):
+        constraint.rollback(2)
+    constraint.rollback(1)
+
+
+def test_a_vocabulary_without_the_bytes_gives_an_empty_mask():
+    vocabulary = small_vocabulary("x", "y")
+    constraint = regex(vocabulary, "xa")
+    constraint.append_token(3)
+    assert not constraint.mask_row().any()
+    assert not constraint.eos_allowed()
