@@ -29,7 +29,8 @@ def main() -> None:
     channel = int(sys.argv[1])
     os.set_inheritable(channel, False)
     job = json.loads(sys.stdin.buffer.read())
-    # The code must not wait for input that cannot come.
+    # The code sees a program without arguments, and must not wait for input that cannot come.
+    sys.argv = ["main.py"]
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _limit_memory(job["memory_limit"])
     report = _run(job)
