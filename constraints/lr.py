@@ -29,6 +29,8 @@ class Tables:
     goto: list[dict[int, int]]
     reduce: list[dict[int, int]]
     productions: list[Production]
+    ambiguous: bool = False
+    """Whether a conflict was decided by yacc's order of preference: some texts of the grammar are then lost."""
 
 
 class _Sets:
@@ -71,12 +73,11 @@ def make_tables(grammar: Grammar) -> Tables:
     """
     _check_productive(grammar)
     sets = _Sets(grammar)
-    merged = _Builder(grammar, sets, merge=True)
-    tables, conflicts = merged.tables()
-    if not conflicts:
+    tables = _Builder(grammar, sets, merge=True).tables()
+    if not tables.ambiguous:
         return tables
     try:
-        return _Builder(grammar, sets, merge=False).tables()[0]
+        return _Builder(grammar, sets, merge=False).tables()
     except _TooLarge:
         return tables
 
@@ -184,21 +185,19 @@ class _Builder:
                 found.setdefault(symbols[place], {})[production, place + 1] = ahead
         return found
 
-    def tables(self) -> tuple[Tables, bool]:
-        """The tables, and whether a conflict had to be decided without precedence."""
+    def tables(self) -> Tables:
         tables = Tables([], [], [], self.grammar.productions)
-        conflicts = False
         for number, kernel in enumerate(self.kernels):
             shift = {~symbol: to for symbol, to in self.moves[number].items() if symbol < 0}
             reduce: dict[int, int] = {}
             for (production, place), ahead in self._closure(kernel).items():
                 if place == len(self.grammar.productions[production].symbols):
                     for terminal in _terminals(ahead):
-                        conflicts |= self._decide(terminal, production, shift, reduce)
+                        tables.ambiguous |= self._decide(terminal, production, shift, reduce)
             tables.shift.append(shift)
             tables.goto.append({symbol: to for symbol, to in self.moves[number].items() if symbol >= 0})
             tables.reduce.append(reduce)
-        return tables, conflicts
+        return tables
 
     def _decide(self, terminal: int, production: int, shift: dict[int, int], reduce: dict[int, int]) -> bool:
         """Enter a reduction on `terminal`; True when it met another action and yacc's order decided."""

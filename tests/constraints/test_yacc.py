@@ -1,0 +1,133 @@
+"""Yacc constraints against an Earley parser, tried on every token."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from constraints import ConstraintError, yacc
+from tests.constraints.grammar_oracle import GrammarOracle, Rules, as_yacc
+from tests.constraints.walks import small_vocabulary, walk
+
+VOCABULARY = small_vocabulary(
+    "if", "if ", "ab", "a+b", "+(", "((", "))", ") ", "1.5", ".5", "12", "a1", "a=1;", "; ", "else", " \n", "é", '"a"',
+    '",', "[a", "a,b", ",", "fif", b"\xc3", b"\xa9", "//", "/*", "*/", single='abifelse+*()12.;= ,"[]é\n/',
+)  # fmt: skip
+
+SUM: Rules = {
+    "E": [["E", "'+'", "T"], ["T"]],
+    "T": [["T", "'*'", "F"], ["F"]],
+    "F": [["'('", "E", "')'"], ["'/[0-9]+(\\.[0-9]+)?/'"], ["ID"]],
+    "ID": [["'/[a-z][a-z0-9]*/'"]],
+    "SKIP": [["'/[ \\n]+/'"]],
+}
+KEYWORDS: Rules = {
+    "S": [["S", "I"], ["I"]],
+    "I": [["'if'", "'/[a-z]+/'", "';'"], ["'if'", "'/[a-z]+/'", "'else'", "I"], ["'/[a-z]+/'", "'='", "'/[0-9]+/'", "';'"]],
+    "SKIP": [["' '"], ["'/\\n/'"], ["'///[^\\n]*/'"]],
+}
+LISTS: Rules = {
+    "L": [["'['", "O", "']'"]],
+    "O": [[], ["V"], ["V", "','", "O"]],
+    "V": [["L"], ["'/\"[^\"]*\"/'"], ["'/é+/'"]],
+}
+# LR(1) and not LALR(1): merging its states would give a conflict between the two reductions.
+NOT_LALR: Rules = {
+    "S": [["'a'", "E", "'1'"], ["'b'", "E", "'2'"], ["'a'", "F", "'2'"], ["'b'", "F", "'1'"]],
+    "E": [["'e'"]],
+    "F": [["'e'"]],
+}
+EMPTY: Rules = {"S": [["A", "B", "'a'"], []], "A": [[], ["'1'"]], "B": [[], ["'2'"]], "SKIP": [["' '"]]}
+
+
+@pytest.mark.parametrize("rules", [SUM, KEYWORDS, LISTS, NOT_LALR, EMPTY], ids=["sum", "keywords", "lists", "lr1", "empty"])
+def test_masks_are_brute_force_along_walks(rules: Rules):
+    oracle = GrammarOracle(rules)
+    for seed in range(6):
+        walk(yacc(VOCABULARY, as_yacc(rules)), VOCABULARY, oracle.viable, oracle.ends, Random(seed), steps=10)
+
+
+TERMINALS = st.sampled_from(["'a'", "'b'", "'if'", "'/[a-f]+/'", "'('", "')'", "'/[0-9]+/'", "'+'", "'='", "'==1'"])
+SYMBOLS = st.one_of(TERMINALS, st.sampled_from(["A", "B", "C"]))
+BODIES = st.lists(st.lists(SYMBOLS, max_size=3), min_size=1, max_size=3, unique_by=tuple)
+
+
+@settings(max_examples=150, deadline=None)
+@given(BODIES, BODIES, BODIES, st.booleans(), st.integers(0, 1 << 16))
+def test_masks_of_generated_grammars_are_brute_force(a, b, c, skip: bool, seed: int):
+    rules: Rules = {"A": a, "B": b, "C": c} | ({"SKIP": [["' '"]]} if skip else {})
+    try:
+        constraint = yacc(VOCABULARY, as_yacc(rules))
+    except ConstraintError as error:
+        assume("no text" not in str(error) and "no terminal" not in str(error))
+        raise
+    assume(not constraint.machine.tables.ambiguous)
+    oracle = GrammarOracle(rules)
+    walk(constraint, VOCABULARY, oracle.viable, oracle.ends, Random(seed), steps=6)
+
+
+def test_precedence_decides_conflicts():
+    grammar = """%left "+"
+        %left "*"
+        %%
+        E: E "+" E | E "*" E | "(" E ")" | "/[0-9]+/" ;"""
+    constraint = yacc(VOCABULARY, grammar)
+    assert not constraint.machine.tables.ambiguous
+    for token in VOCABULARY.greedy(b"1+2*(1+1)"):
+        constraint.append_token(token)
+    assert constraint.eos_allowed()
+
+
+def test_a_dangling_else_is_shifted():
+    grammar = '%% S: "if" S | "if" S "else" S | "a" ;'
+    constraint = yacc(VOCABULARY, grammar)
+    assert constraint.machine.tables.ambiguous
+    for token in VOCABULARY.greedy(b"ififaelsea"):
+        constraint.append_token(token)
+    assert constraint.eos_allowed()
+
+
+def test_the_lexer_takes_back_one_byte_only():
+    constraint = yacc(VOCABULARY, """%% S: '/1(\\.\\.1)?/' R ; R: "." "+" ;""")
+    for token in VOCABULARY.greedy(b"1."):
+        constraint.append_token(token)
+    # "1." could become "1..1", so after it only that is left.
+    assert constraint.machine.next_bytes(constraint._state) == b"."
+
+
+def test_the_key_of_a_state_is_as_deep_as_its_mask_looks():
+    grammar = as_yacc({"S": [["'('", "S", "')'"], ["'a'"]]})
+    masks = {}
+    for depth in range(2, 30):
+        constraint = yacc(VOCABULARY, grammar)
+        for token in VOCABULARY.greedy(b"(" * depth):
+            constraint.append_token(token)
+        masks.setdefault(constraint.state_key(), constraint.mask_row().tobytes())
+        assert masks[constraint.state_key()] == constraint.mask_row().tobytes()
+    # `))` is the longest run of closing parentheses in a token, so the stack matters no deeper.
+    assert len(masks) <= 4
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ("%start S\n%%\nS: x ;", r"line 3, column 4: rule x is used but not defined"),
+        ("%%\nS 'a' ;", r"line 2, column 3: expected ':'"),
+        ("%%\nS: 'a' ", r"expected '\|' or ';'"),
+        ("%% S: '/(/' ;", r"terminal .* never closed at character 0"),
+        ("%% S: '/a*/' ;", "matches the empty text"),
+        ("%% S: S 'a' ;", "rule S describes no text"),
+        ("%% S: '' ;", "terminal cannot be empty"),
+        ("%% ", "there is no rule"),
+        ("%foo x %% S: 'a' ;", "'%foo' is not supported"),
+        ("%% S: 'a' ; SKIP: 'a' ;", "both skipped and used"),
+        ("%% S: ; ", "no terminal"),
+        ("%% S: 'a' $ ;", r"column 11: unexpected '\$'"),
+    ],
+)
+def test_grammar_errors_say_what_and_where(grammar: str, message: str):
+    with pytest.raises(ConstraintError, match=message):
+        yacc(VOCABULARY, grammar)
