@@ -520,7 +520,7 @@ def _loss(error: Exception, limits: SandboxLimits) -> str | None:
     if "time limit exceeded" in text:
         return (
             f"TimeoutError: this block computed for more than {limits.block_seconds:g} s and was stopped. "
-            "Waiting for llm_query is not counted. Use string methods, `in` and re on whole texts rather than "
+            "Waiting for llm_query is not counted. Use string methods, `in` and re on whole texts, not "
             "loops over characters, or do the work in several blocks."
         )
     if "MemoryError" in text and "memory limit" in text:

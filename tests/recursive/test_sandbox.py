@@ -102,7 +102,8 @@ def test_reassigned_host_functions_come_back_with_the_next_block(session):
 def test_final_helpers_call_the_side_channel_with_text(session):
     repl = session()
     repl.out(
-        "x = {'a': [1, 2]}\nprint(FINAL(x))\nFINAL_VAR('x')\nFINAL_VAR('missing')\nnothing = None\nFINAL_VAR('nothing')"
+        "x = {'a': [1, 2]}\nprint(FINAL(x))\nFINAL_VAR('x')\n"
+        "FINAL_VAR('missing')\nnothing = None\nFINAL_VAR('nothing')"
     )
     assert repl.finals == ["{'a': [1, 2]}", "{'a': [1, 2]}"]
 
