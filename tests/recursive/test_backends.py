@@ -56,7 +56,7 @@ class FakeRunner:
 
 def child_backend(chat=upper, depth=0, factory=None, strict=False, callbacks=None, **limits):
     class Fresh(FakeRunner):
-        made = []
+        made: ClassVar[list[FakeRunner]] = []
 
     backend = LocalChildRLMBackend(
         chat,

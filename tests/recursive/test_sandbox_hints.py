@@ -23,7 +23,7 @@ def box():
         ("d = {'a': 1}\ndel d['a']", "d.pop(key)", "d = {'a': 1}\nd.pop('a')"),
         ("class C:\n    @property\n    def p(self):\n        return 1", "ordinary method",
          "class C:\n    def p(self):\n        return 1\nC().p()"),
-        ("try:\n    1\nexcept* ValueError:\n    pass", "Use `except`", "try:\n    1\nexcept ValueError:\n    1"),
+        ("try:\n    1\nexcept* ValueError:\n    1", "Use `except`", "try:\n    1\nexcept ValueError:\n    1"),
         ("type X = int", "Leave the alias out", "x = 1"),
         ("next(i for i in [1])", "use iter()", "next(iter([i for i in [1]]))"),
         ("import re\nre.sub('a', lambda m: 'b', 'a')", "re.finditer", "import re\nre.finditer('a', 'a')"),
