@@ -19,7 +19,9 @@ class Lexer:
     def __init__(self, terminals: list[Terminal]):
         self.automata = [RegexAutomaton(_tree(terminal)) for terminal in terminals]
         # Literals before regexes, longer source text first, then the order of the grammar.
-        ranked = sorted(range(len(terminals)), key=lambda i: (terminals[i].is_regex, -len(terminals[i].text), i))
+        ranked = sorted(
+            range(len(terminals)), key=lambda i: (terminals[i].is_regex, -len(terminals[i].text), i)
+        )
         self._rank = {terminal: place for place, terminal in enumerate(ranked)}
         self._states: list[Alive] = []
         self._numbers: dict[Alive, int] = {}
@@ -28,7 +30,9 @@ class Lexer:
         self.reachable: list[int] = []
         self._number(tuple((i, automaton.start) for i, automaton in enumerate(self.automata)))
         if self.winner[0] >= 0:
-            raise ConstraintError(f"yacc grammar: terminal {terminals[self.winner[0]]} matches the empty text")
+            raise ConstraintError(
+                f"yacc grammar: terminal {terminals[self.winner[0]]} matches the empty text"
+            )
 
     def __len__(self) -> int:
         return len(self._states)

@@ -151,7 +151,9 @@ class SubstringMachine(LiteralMachine[int]):
         return [(b, self._number((tuple(after.get(b, ())), marks.get(b, -1)))) for b in labels]
 
 
-def substring(vocabulary: Vocabulary, template: str | bytes, end: str | bytes = '"') -> MachineConstraint[int]:
+def substring(
+    vocabulary: Vocabulary, template: str | bytes, end: str | bytes = '"'
+) -> MachineConstraint[int]:
     """Whole words of `template`, in a row and verbatim, and then `end`.
 
     The text begins at the start of the template or after a space, and the words end before a space or at the

@@ -87,7 +87,9 @@ def _check_productive(grammar: Grammar) -> None:
     known: set[int] = set()
     while True:
         more = {
-            p.rule for p in grammar.productions if p.rule not in known and all(s < 0 or s in known for s in p.symbols)
+            p.rule
+            for p in grammar.productions
+            if p.rule not in known and all(s < 0 or s in known for s in p.symbols)
         }
         if not more:
             break
@@ -96,7 +98,9 @@ def _check_productive(grammar: Grammar) -> None:
         for symbol in (production.rule, *production.symbols):
             if symbol >= 0 and symbol not in known:
                 name = grammar.rules[symbol] if symbol else grammar.rules[grammar.productions[0].symbols[0]]
-                raise ConstraintError(f"yacc grammar: rule {name} describes no text, it only refers to itself")
+                raise ConstraintError(
+                    f"yacc grammar: rule {name} describes no text, it only refers to itself"
+                )
 
 
 class _TooLarge(ConstraintError):

@@ -1,28 +1,45 @@
-"""Regex constraints: an automaton of our own names the states, the fastest engine at hand fills in the masks."""
+"""Regex constraints: an automaton names the states, and the fastest source at hand fills in their masks.
+
+A mask that no sequence has asked for comes from the index of the pattern, when there is one; else from llguidance,
+which starts at once; else, where llguidance meets its limits, from a walk of the token tree. All three give the
+same masks, so nothing changes when an index arrives in the middle of a sequence.
+"""
 
 from __future__ import annotations
 
+from time import perf_counter
+
+import numpy as np
 from llguidance import LLMatcher
 
 from constraints import guidance, regex_syntax
 from constraints.errors import ConstraintError
+from constraints.index import Builder, Index, builder
 from constraints.machine import Machine, MachineConstraint, compiled
 from constraints.regex_automaton import DEAD, RegexAutomaton
-from constraints.token_set import Row
+from constraints.token_set import Row, pack
+from constraints.trie import StepTable, trie_of
 from constraints.vocabulary import Vocabulary
+
+WORTH_SECONDS = 0.02
+"""Time spent on the masks of one pattern, after which it is worth an index."""
 
 
 class RegexMachine(Machine[int]):
     """The states of one pattern over one vocabulary."""
 
-    def __init__(self, vocabulary: Vocabulary, pattern: str):
+    def __init__(self, vocabulary: Vocabulary, pattern: str, indexes: Builder = builder):
         super().__init__(vocabulary)
-        self.tree = regex_syntax.parse(pattern)
-        if not regex_syntax.has_match(self.tree):
+        self.pattern = pattern
+        tree = regex_syntax.parse(pattern)
+        if not regex_syntax.has_match(tree):
             raise ConstraintError(f"regex {regex_syntax.shown(pattern)} matches no text at all")
-        self.automaton = RegexAutomaton(self.tree)
-        source = f"start: /{regex_syntax.render(self.tree)}/{guidance.NO_FORCING}"
-        self.fresh = guidance.matcher(vocabulary, source)
+        self.automaton = RegexAutomaton(tree)
+        self.fresh = _fresh_matcher(vocabulary, tree)
+        self.index: Index | None = indexes.find(vocabulary, pattern)
+        self._indexes = indexes
+        self._steps_by_byte = StepTable(self.automaton.row)
+        self._seconds = 0.0
 
     @property
     def start(self) -> int:
@@ -39,25 +56,106 @@ class RegexMachine(Machine[int]):
         return bytes(byte for byte, after in enumerate(self.automaton.row(state)) if after != DEAD)
 
     def text_row(self, state: int, tokens: list[int]) -> Row:
-        at = self.fresh.deep_copy()
-        if not at.consume_tokens([token for token in tokens if not self.vocabulary.is_special(token)]):
-            raise ConstraintError(guidance.first_line(at.get_error()))
-        return guidance.compute_row(self.vocabulary, at)
+        row = self.indexed_row(state)
+        return self.walked_row(state) if row is None else row
+
+    def indexed_row(self, state: int) -> Row | None:
+        """The mask from the index, None when the index does not have it."""
+        row = self.index.get(self.automaton.digest(state)) if self.index else None
+        return None if row is None else row.copy()
+
+    def walked_row(self, state: int) -> Row:
+        """The mask from a walk of the token tree."""
+        found = trie_of(self.vocabulary).walk_by(self._steps_by_byte, state)
+        return pack(np.flatnonzero(found >= 0), self.vocabulary.size)
+
+    def spent(self, seconds: float) -> None:
+        """Count time that an index would have saved, and ask for one when it is worth it."""
+        self._seconds += seconds
+        if self._seconds > WORTH_SECONDS and self.index is None:
+            self._seconds = 0.0
+            self._indexes.ask(self.vocabulary, self.pattern, self._use)
+
+    def _use(self, index: Index) -> None:
+        self.index = index
+
+
+def _fresh_matcher(vocabulary: Vocabulary, tree: regex_syntax.Tree) -> LLMatcher | None:
+    """llguidance at the start of the pattern; None when the pattern is beyond its limits."""
+    try:
+        return guidance.matcher(vocabulary, f"start: /{regex_syntax.render(tree)}/{guidance.NO_FORCING}")
+    except ConstraintError:
+        return None
 
 
 class RegexConstraint(MachineConstraint[int]):
-    """A position in a regex."""
+    """A position in a regex. Its matcher follows only when a mask is needed that nobody has made."""
 
-    _matcher: LLMatcher | None = None
+    machine: RegexMachine
+
+    def __init__(self, machine: RegexMachine):
+        super().__init__(machine)
+        self._matcher: LLMatcher | None = None
+        self._consumed = 0
+
+    def _make_row(self) -> Row:
+        state = self._state
+        row = self.machine.indexed_row(state)
+        if row is None:
+            start = perf_counter()
+            row = self._guided_row()
+            self.machine.spent(perf_counter() - start)
+        if self.machine.accepts(state):
+            row |= self.vocabulary.eos_row
+        return row
+
+    def _guided_row(self) -> Row:
+        at = self._caught_up()
+        if at is None:
+            return self.machine.walked_row(self._state)
+        try:
+            row = guidance.compute_row(self.vocabulary, at)
+        except ConstraintError:
+            self._matcher = None
+            return self.machine.walked_row(self._state)
+        if at.is_error():
+            self._matcher = None
+        return row
+
+    def _caught_up(self) -> LLMatcher | None:
+        """The matcher after all tokens so far; None where llguidance cannot follow."""
+        if self._matcher is None:
+            if self.machine.fresh is None:
+                return None
+            self._matcher, self._consumed = self.machine.fresh.deep_copy(), 0
+        eos = self.vocabulary.eos_token_ids
+        behind = [token for token in self._tokens[self._consumed :] if token not in eos]
+        if behind and not self._matcher.consume_tokens(behind):
+            self._matcher = None
+            return None
+        self._consumed = len(self._tokens)
+        return self._matcher
+
+    def rollback(self, count: int) -> None:
+        super().rollback(count)
+        if self._consumed > len(self._tokens):
+            self._matcher = None
+
+    def fork(self) -> MachineConstraint[int]:
+        twin = super().fork()
+        if self._matcher is not None:
+            twin.__dict__["_matcher"] = self._matcher.deep_copy()
+        return twin
 
 
 def regex(vocabulary: Vocabulary, pattern: str) -> MachineConstraint[int]:
     """Text that `pattern` matches from its first character to its last.
 
-    `\\d \\w \\s` are ASCII, `.` is any character but a newline, `^` and `$` at the ends are redundant. The text is
-    always UTF-8. Raises `ConstraintError` naming the place of what is wrong or not supported (look-around, back
-    references, assertions), and for a pattern that is too large.
+    `\\d \\w \\s` are ASCII, `.` is any character but a newline, `^` and `$` at the ends are redundant. The text
+    is always UTF-8. Raises `ConstraintError` naming the place of what is wrong or not supported (look-around,
+    back references, assertions), and for a pattern that is too large.
     """
-    return RegexConstraint(
-        compiled.get(("regex", vocabulary.key, pattern), lambda: RegexMachine(vocabulary, pattern))
-    )
+    if not isinstance(pattern, str):
+        raise ConstraintError(f"a regex is a string, not {type(pattern).__name__}")
+    key = ("regex", vocabulary.key, pattern)
+    return RegexConstraint(compiled.get(key, lambda: RegexMachine(vocabulary, pattern)))

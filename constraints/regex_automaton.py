@@ -7,9 +7,9 @@ counters, so a pattern costs nothing before its states are visited.
 from __future__ import annotations
 
 from functools import lru_cache
-
-import numpy as np
-from numpy.typing import NDArray
+from hashlib import blake2b
+from itertools import pairwise
+from typing import TypeVar, cast
 
 from constraints import regex_syntax
 from constraints.regex_syntax import Ranges, Tree
@@ -30,22 +30,38 @@ class Term:
         self.steps: tuple[tuple[ByteRange, Term], ...] | None = None
 
 
+T = TypeVar("T", bound=Term)
+
+
 class Bytes(Term):
     """One character, or the rest of one: any of the sequences of byte ranges."""
 
     __slots__ = ("sequences",)
+    sequences: Sequences
 
 
 class Cat(Term):
+    """`head`, which is no Cat, and then `tail`."""
+
     __slots__ = ("head", "tail")
+    head: Term
+    tail: Term
 
 
 class Alt(Term):
+    """Any of the options."""
+
     __slots__ = ("options",)
+    options: tuple[Term, ...]
 
 
 class Repeat(Term):
+    """`low` to `high` times `body`; `high` is None for no bound."""
+
     __slots__ = ("body", "high", "low")
+    body: Term
+    low: int
+    high: int | None
 
 
 class RegexAutomaton:
@@ -57,7 +73,7 @@ class RegexAutomaton:
         self._states: list[tuple[Term, ...]] = []
         self._numbers: dict[tuple[Term, ...], int] = {}
         self._rows: list[list[int] | None] = []
-        self._array: NDArray[np.int32] = np.empty((0, 256), np.int32)
+        self._digests: dict[Term, bytes] = {}
         term = self._lower(tree)
         self.start = self._number([term] if term else [])
 
@@ -83,22 +99,42 @@ class RegexAutomaton:
                 return DEAD
         return state
 
-    def describe(self, state: int) -> str:
-        """Equal for equal sets of terms, in every process that compiles the same tree."""
-        return " ".join(str(term.order) for term in self._states[state])
+    def digest(self, state: int) -> bytes:
+        """16 bytes that name `state` in every process: equal exactly for equal sets of terms."""
+        names = sorted(self._term_digest(term) for term in self._states[state])
+        return blake2b(b"".join(names), digest_size=16).digest()
+
+    def _term_digest(self, term: Term) -> bytes:
+        rest, waiting = term, [term]
+        while isinstance(rest, Cat):
+            rest = rest.tail
+            waiting.append(rest)
+        # A long pattern is a long chain, so tails are named before what stands before them.
+        for part in reversed(waiting):
+            if part not in self._digests:
+                self._digests[part] = blake2b(repr(self._content(part)).encode(), digest_size=16).digest()
+        return self._digests[term]
+
+    def _content(self, term: Term) -> tuple[object, ...]:
+        if isinstance(term, Cat):
+            return "cat", self._term_digest(term.head), self._digests[term.tail]
+        if isinstance(term, Alt):
+            return "alt", *map(self._term_digest, term.options)
+        if isinstance(term, Repeat):
+            return "repeat", self._term_digest(term.body), term.low, term.high
+        return ("bytes", term.sequences) if isinstance(term, Bytes) else ("epsilon",)
 
     # Construction -----------------------------------------------------------------------------------------
 
-    def _intern(self, kind: type[Term], nullable: bool, *parts: object) -> Term:
+    def _intern(self, kind: type[T], nullable: bool, *parts: object) -> T:
         key = (kind, *parts)
         term = self._interned.get(key)
         if term is None:
             term = self._interned[key] = kind(nullable, len(self._interned))
-        return term
+        return cast(T, term)
 
     def _bytes(self, sequences: Sequences) -> Term:
         term = self._intern(Bytes, False, sequences)
-        assert isinstance(term, Bytes)
         term.sequences = sequences
         return term
 
@@ -114,7 +150,6 @@ class RegexAutomaton:
         heads.append(head)
         for part in reversed(heads):
             made = self._intern(Cat, part.nullable and tail.nullable, part, tail)
-            assert isinstance(made, Cat)
             made.head, made.tail = part, tail
             tail = made
         return tail
@@ -127,7 +162,6 @@ class RegexAutomaton:
         if len(ordered) == 1:
             return ordered[0]
         made = self._intern(Alt, any(o.nullable for o in ordered), ordered)
-        assert isinstance(made, Alt)
         made.options = ordered
         return made
 
@@ -139,7 +173,6 @@ class RegexAutomaton:
         if (low, high) == (1, 1):
             return body
         made = self._intern(Repeat, low == 0, body, low, high)
-        assert isinstance(made, Repeat)
         made.body, made.low, made.high = body, low, high
         return made
 
@@ -204,7 +237,7 @@ class RegexAutomaton:
         steps = [step for term in state for step in self._steps(term)]
         edges = sorted({edge for (low, high), _ in steps for edge in (low, high + 1)})
         row = [DEAD] * 256
-        for low, end in zip(edges, edges[1:], strict=False):
+        for low, end in pairwise(edges):
             targets = {term: None for (first, last), term in steps if first <= low and end - 1 <= last}
             if targets:
                 row[low:end] = [self._number(list(targets))] * (end - low)

@@ -244,7 +244,9 @@ class _Parser:
     def _anchor(self, name: str, at: int) -> None:
         """Anchors at the ends of the pattern, or of its alternatives, say what a full match says anyway."""
         if name in ("^", "\\A"):
-            outermost = self.depth == 1 and (at == 0 or self.pattern[at - 1] == "|" or self.pattern[at - 1] == ")")
+            outermost = self.depth == 1 and (
+                at == 0 or self.pattern[at - 1] == "|" or self.pattern[at - 1] == ")"
+            )
             if outermost and (at == 0 or self.pattern[at - 1] == "|" or self._only_flags(at)):
                 return
         elif self.depth == 1 and (self.at == len(self.pattern) or self.pattern[self.at] == "|"):
@@ -416,7 +418,7 @@ class _Parser:
         if len(low) != 1 or low[0][0] != low[0][1] or len(high) != 1 or high[0][0] != high[0][1]:
             raise self._error("a range needs a single character on both sides", at)
         if high[0][0] < low[0][0]:
-            raise self._error(f"the range {self.pattern[at:self.at]} has its ends swapped", at)
+            raise self._error(f"the range {self.pattern[at : self.at]} has its ends swapped", at)
         return [(low[0][0], high[0][0])]
 
     def _class_char(self) -> Ranges:
@@ -449,7 +451,12 @@ def render(tree: Tree) -> str:
 
 
 def _render_chars(ranges: Ranges) -> str:
-    if len(ranges) == 1 and ranges[0][0] == ranges[0][1] and chr(ranges[0][0]).isalnum() and ranges[0][0] < 128:
+    if (
+        len(ranges) == 1
+        and ranges[0][0] == ranges[0][1]
+        and chr(ranges[0][0]).isalnum()
+        and ranges[0][0] < 128
+    ):
         return chr(ranges[0][0])
     return "[" + "".join(f"\\x{{{a:x}}}-\\x{{{b:x}}}" if a != b else f"\\x{{{a:x}}}" for a, b in ranges) + "]"
 

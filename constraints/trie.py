@@ -73,6 +73,31 @@ class TokenTrie:
         return found
 
 
+class StepTable:
+    """The steps of an automaton as an array that fills as states are met. States are numbered from 0."""
+
+    def __init__(self, row: Callable[[int], list[int]]):
+        self._row = row
+        self._table = np.full((64, 256), DEAD, np.int32)
+        self._known = np.zeros(64, bool)
+
+    def __call__(self, states: Ints, texts: NDArray[np.uint8]) -> Ints:
+        """The states after one byte each."""
+        if len(states):
+            self._fill(states)
+        return self._table[states, texts]
+
+    def _fill(self, states: Ints) -> None:
+        while (highest := int(states.max())) >= len(self._known):
+            self._table = np.concatenate([self._table, np.full_like(self._table, DEAD)])
+            self._known = np.concatenate([self._known, np.zeros_like(self._known)])
+        if highest < 0:
+            return
+        for state in np.unique(states[~self._known[states]]).tolist():
+            self._table[state] = self._row(state)
+            self._known[state] = True
+
+
 def _levels(spellings: list[bytes], ids: Ints) -> list[Level]:
     """The levels of sorted, distinct `spellings`; `ids` are their tokens."""
     lengths = np.array([len(text) for text in spellings], np.int64)

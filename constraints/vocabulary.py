@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from weakref import WeakValueDictionary
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -101,6 +105,40 @@ class Vocabulary:
     def _probe(self) -> list[int]:
         """Tokenizers may share their tokens and differ in how they split text."""
         return self.tokenize('  def f(x1):\n\treturn {"Größe": [1234, "日本語"]}  \n') if self._encode else []
+
+    def save(self, path: Path) -> None:
+        """Write everything but the tokenizer's way of splitting text; `load` reads it."""
+        head = {
+            "size": self.size,
+            "eos": self.eos_token_ids,
+            "bos": self.bos_token_id,
+            "specials": {i: text.hex() for i, text in self._specials.items()},
+        }
+        lengths = np.array([len(text) for text in self._bytes], np.int32)
+        text = np.frombuffer(b"".join(self._bytes), np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            np.savez(file, head=np.array(json.dumps(head)), lengths=lengths, text=text)
+        # Whoever reads meanwhile finds the whole file or none.
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path: Path, encode: Callable[[str], Sequence[int]] | None = None) -> Vocabulary:
+        """The vocabulary that `save` wrote. `ConstraintError` when the file is not one."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                head, text = json.loads(str(stored["head"])), stored["text"].tobytes()
+                ends = np.cumsum(stored["lengths"]).tolist()
+        except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
+            raise ConstraintError(f"{path} holds no vocabulary: {error}; delete it") from None
+        return cls(
+            [text[a:b] for a, b in zip([0, *ends], ends, strict=False)],
+            specials={int(i): bytes.fromhex(spelling) for i, spelling in head["specials"].items()},
+            eos_token_ids=head["eos"],
+            bos_token_id=head["bos"],
+            encode=encode,
+            size=head["size"],
+        )
 
     @property
     def eos_token_id(self) -> int:
@@ -230,6 +268,8 @@ def _incomplete_tail(text: bytes) -> bytes:
     for length in range(1, min(4, len(text) + 1)):
         lead = text[-length]
         if lead & 0xC0 != 0x80:
-            needed = 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead < 0xF5 else 1
+            needed = (
+                2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead < 0xF5 else 1
+            )
             return text[-length:] if needed > length else b""
     return b""

@@ -117,7 +117,9 @@ class _Reader:
     def _head(self) -> None:
         while (token := self._next()).text != "%%":
             if token.kind != "directive":
-                raise self.error(f"expected a declaration or '%%', found {token.text or 'the end'!r}", token.at)
+                raise self.error(
+                    f"expected a declaration or '%%', found {token.text or 'the end'!r}", token.at
+                )
             names = []
             while self._peek().kind in ("name", "terminal"):
                 names.append(self._next())

@@ -42,7 +42,11 @@ class GrammarOracle:
         done, start = [], 0
         for end in range(1, len(text) + 1):
             if not self._alive(text[start:end]):
-                if end - 1 == start or self._winner(text[start : end - 1]) is None or not self._alive(text[end - 1 : end]):
+                if (
+                    end - 1 == start
+                    or self._winner(text[start : end - 1]) is None
+                    or not self._alive(text[end - 1 : end])
+                ):
                     return None
                 done.append(text[start : end - 1])
                 start = end - 1
@@ -86,14 +90,18 @@ class GrammarOracle:
                 more = set()
                 for name, body, dot, origin in column:
                     if dot == len(body):
-                        more |= {(n, b, d + 1, o) for n, b, d, o in columns[origin] if d < len(b) and b[d] == name}
+                        more |= {
+                            (n, b, d + 1, o) for n, b, d, o in columns[origin] if d < len(b) and b[d] == name
+                        }
                     elif not is_terminal(body[dot]):
                         more |= {(body[dot], tuple(b), 0, place) for b in self.rules[body[dot]]}
                 if more <= column:
                     break
                 column |= more
             if place < len(read):
-                columns[place + 1] = {(n, b, d + 1, o) for n, b, d, o in column if d < len(b) and b[d] == read[place]}
+                columns[place + 1] = {
+                    (n, b, d + 1, o) for n, b, d, o in column if d < len(b) and b[d] == read[place]
+                }
         last = columns[-1]
         follow = {b[d] for _, b, d, _ in last if d < len(b) and is_terminal(b[d])}
         return follow, any(n == self.start and d == len(b) and o == 0 for n, b, d, o in last)
@@ -102,5 +110,7 @@ class GrammarOracle:
 def as_yacc(rules: Rules) -> str:
     """The text of a grammar in the language of `yacc`."""
     start = next(name for name in rules if name != "SKIP")
-    bodies = "\n".join(f"{name} : {' | '.join(' '.join(body) for body in options)} ;" for name, options in rules.items())
+    bodies = "\n".join(
+        f"{name} : {' | '.join(' '.join(body) for body in options)} ;" for name, options in rules.items()
+    )
     return f"%start {start}\n%%\n{bodies}\n"

@@ -45,7 +45,9 @@ class RegexOracle:
         states = self._closed({0})
         for char in text:
             code = (ord(char), ord(char))
-            states = self._closed({to for s in states for found, to in self.edges[s] if overlap(found, [code])})
+            states = self._closed(
+                {to for s in states for found, to in self.edges[s] if overlap(found, [code])}
+            )
         return states
 
     def _closed(self, states: set[int]) -> set[int]:
@@ -153,4 +155,6 @@ def characters_with_prefix(prefix: bytes) -> list[Interval]:
     low, high = bits << shift, (bits + 1 << shift) - 1
     low = max(low, {2: 0x80, 3: 0x800, 4: 0x10000}[length])
     high = min(high, TOP)
-    return [(max(low, a), min(high, b)) for a, b in ((0, 0xD7FF), (0xE000, TOP)) if max(low, a) <= min(high, b)]
+    return [
+        (max(low, a), min(high, b)) for a, b in ((0, 0xD7FF), (0xE000, TOP)) if max(low, a) <= min(high, b)
+    ]

@@ -35,8 +35,10 @@ def oracle(names: list[str], extra: str):
 
     def viable(text: bytes) -> bool:
         parts = split(text)
-        return parts is not None and all(name in names for name in parts[0]) and (
-            not parts[1] or any(name.startswith(parts[1]) for name in names)
+        return (
+            parts is not None
+            and all(name in names for name in parts[0])
+            and (not parts[1] or any(name.startswith(parts[1]) for name in names))
         )
 
     def ends(text: bytes) -> bool:
@@ -47,7 +49,9 @@ def oracle(names: list[str], extra: str):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.sampled_from(NAMES), unique=True), st.sampled_from(["", "$", "-$"]), st.integers(0, 1 << 16))
+@given(
+    st.lists(st.sampled_from(NAMES), unique=True), st.sampled_from(["", "$", "-$"]), st.integers(0, 1 << 16)
+)
 def test_masks_are_brute_force(names: list[str], extra: str, seed: int):
     lexer = DynamicLexer(VOCABULARY, extra or None)
     for name in names:

@@ -12,7 +12,22 @@ from constraints import ConstraintError, options, substring
 from tests.constraints.walks import small_vocabulary, walk
 
 VOCABULARY = small_vocabulary(
-    "ab", "a b", "b ", " a", "aa", "é", "éa", b"\xc3", b"\xa9", '"', 'a"', '"b', " b a", "ba", "  ", single='ab c."'
+    "ab",
+    "a b",
+    "b ",
+    " a",
+    "aa",
+    "é",
+    "éa",
+    b"\xc3",
+    b"\xa9",
+    '"',
+    'a"',
+    '"b',
+    " b a",
+    "ba",
+    "  ",
+    single='ab c."',
 )
 TEXTS = st.text(st.sampled_from("ab cé."), max_size=6)
 
@@ -56,7 +71,11 @@ def runs(template: bytes) -> set[bytes]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(st.sampled_from("ab é"), max_size=12), st.sampled_from(["", '"', '"b', ". ", "c"]), st.integers(0, 1 << 16))
+@given(
+    st.text(st.sampled_from("ab é"), max_size=12),
+    st.sampled_from(["", '"', '"b', ". ", "c"]),
+    st.integers(0, 1 << 16),
+)
 def test_substrings_are_brute_force(template: str, end: str, seed: int):
     # The end marks here begin with no byte of the template, so there is nothing for them to win against.
     texts = {run + end.encode() for run in runs(template.encode())}

@@ -52,10 +52,19 @@ def test_what_python_writes_otherwise(pattern: str, plain: str):
     else:
         letters = VOCABULARY
     for seed in range(2):
-        walk(regex(letters, pattern), letters, oracle.viable, oracle.matches, Random(seed), steps=1 + 3 * (letters is VOCABULARY))
+        walk(
+            regex(letters, pattern),
+            letters,
+            oracle.viable,
+            oracle.matches,
+            Random(seed),
+            steps=1 + 3 * (letters is VOCABULARY),
+        )
 
 
-CHARS = st.sampled_from(["a", "b", "c", "1", " ", "é", "日", ".", r"\.", r"\d", r"\w", r"\s", r"\D", "[ab]", "[^a]", "[é-日]"])
+CHARS = st.sampled_from(
+    ["a", "b", "c", "1", " ", "é", "日", ".", r"\.", r"\d", r"\w", r"\s", r"\D", "[ab]", "[^a]", "[é-日]"]
+)
 
 
 def _patterns() -> st.SearchStrategy[str]:
@@ -93,7 +102,9 @@ def test_what_is_not_supported_is_named_with_its_place(pattern: str, what: str, 
         regex(VOCABULARY, pattern)
 
 
-@pytest.mark.parametrize("pattern", [".{1,100000}", "(a{1,1000}){1,1000}", "((((a{99}){99}){99}){99}){99}", "a{999999999999}"])
+@pytest.mark.parametrize(
+    "pattern", [".{1,100000}", "(a{1,1000}){1,1000}", "((((a{99}){99}){99}){99}){99}", "a{999999999999}"]
+)
 def test_a_pattern_that_is_too_large_is_refused(pattern: str):
     with pytest.raises(ConstraintError, match="repeat"):
         regex(VOCABULARY, pattern)

@@ -1,0 +1,209 @@
+"""The index of a regex: the masks of all its states, made by another process in the background.
+
+The other process is bounded in time, memory and size of its result, and may die without harm. What it makes is a
+file, mapped into memory by everyone who uses the pattern, now or after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Full, Queue
+from tempfile import NamedTemporaryFile
+from threading import Lock, Thread
+
+import numpy as np
+
+from constraints.errors import ConstraintError
+from constraints.regex_automaton import RegexAutomaton
+from constraints.regex_syntax import parse
+from constraints.token_set import Row, pack
+from constraints.trie import StepTable, trie_of
+from constraints.vocabulary import Vocabulary
+
+FORMAT = "index 1"
+"""Part of every file name: raise when masks or names of states change."""
+MAX_ROW_BYTES = 64 * 1024 * 1024
+"""Distinct masks of one index."""
+MAX_STATES = 20_000
+MAX_MEMORY = 2 * 1024**3
+"""Address space of the process that builds."""
+MAX_SECONDS = 60
+WAITING = 64
+"""Patterns that may wait to be built; others are not worth it."""
+
+
+def default_folder() -> Path:
+    """`constraints` in `$AICI_CACHE`, else in `aici` in `$XDG_CACHE_HOME`, else in `~/.cache/aici`."""
+    if named := os.environ.get("AICI_CACHE"):
+        return Path(named).expanduser() / "constraints"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "aici" / "constraints"
+
+
+@dataclass
+class Index:
+    """The masks of the states of one pattern, without the end of the sequence."""
+
+    rows: Row
+    """int32[distinct masks, num_words], mapped from the file."""
+    row_of: dict[bytes, int]
+    """The mask of a state, by the digest of the state."""
+
+    def get(self, digest: bytes) -> Row | None:
+        place = self.row_of.get(digest)
+        return None if place is None else self.rows[place]
+
+
+def path_of(folder: Path, vocabulary: Vocabulary, pattern: str) -> Path:
+    name = hashlib.sha256(json.dumps([FORMAT, vocabulary.key, pattern]).encode()).hexdigest()
+    return folder / f"index-{name[:40]}.npy"
+
+
+def load(path: Path, vocabulary: Vocabulary) -> Index | None:
+    """The index in `path`; None when there is none, or a broken one."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        names = np.load(path.with_suffix(".states.npy"), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if rows.ndim != 2 or rows.dtype != np.int32 or rows.shape[1] != vocabulary.num_words:
+        return None
+    if names.dtype != np.uint8 or names.ndim != 2 or names.shape[1] != 20:
+        return None
+    places = names[:, 16:].copy().view(np.int32)[:, 0].tolist()
+    if any(not 0 <= place < len(rows) for place in places):
+        return None
+    return Index(rows, {name.tobytes(): place for name, place in zip(names[:, :16], places, strict=True)})
+
+
+def build(vocabulary: Vocabulary, pattern: str, path: Path) -> int:
+    """Write the index of `pattern` to `path`; the number of its states. `ConstraintError` when it is too large."""
+    automaton = RegexAutomaton(parse(pattern))
+    trie = trie_of(vocabulary)
+    steps = StepTable(automaton.row)
+    places: dict[bytes, int] = {}
+    rows: list[Row] = []
+    place_of: dict[int, int] = {}
+    queue = [automaton.start]
+    most = max(1, MAX_ROW_BYTES // (4 * vocabulary.num_words))
+    while queue:
+        state = queue.pop()
+        if state in place_of:
+            continue
+        ends = trie.walk_by(steps, state)
+        allowed = np.flatnonzero(ends >= 0)
+        row = pack(allowed, vocabulary.size)
+        place = places.setdefault(row.tobytes(), len(rows))
+        if place == len(rows):
+            rows.append(row)
+        place_of[state] = place
+        if len(rows) > most or len(place_of) > MAX_STATES:
+            raise ConstraintError(f"the index needs more than {most} masks or {MAX_STATES} states")
+        queue.extend(np.unique(ends[allowed]).tolist())
+    _write(path, np.stack(rows), {automaton.digest(state): place for state, place in place_of.items()})
+    return len(place_of)
+
+
+def _write(path: Path, rows: Row, places: dict[bytes, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = b"".join(digest + place.to_bytes(4, "little") for digest, place in places.items())
+    for target, array in (
+        (path.with_suffix(".states.npy"), np.frombuffer(names, np.uint8).reshape(-1, 20)),
+        (path, rows),
+    ):
+        with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.save(file, array)
+        os.replace(file.name, target)
+
+
+class Builder:
+    """Builds indexes one at a time, in a process of its own each, and keeps nothing of a failure but its name."""
+
+    def __init__(self, folder: Path | None = None, max_seconds: float = MAX_SECONDS):
+        self.folder = folder
+        self.max_seconds = max_seconds
+        self.failures: dict[Path, str] = {}
+        self._queue: Queue[tuple[Vocabulary, str, Path, Callable[[Index], None]]] = Queue(WAITING)
+        self._asked: set[Path] = set()
+        self._thread: Thread | None = None
+        self._lock = Lock()
+
+    def find(self, vocabulary: Vocabulary, pattern: str) -> Index | None:
+        """The index on disk, None when there is none."""
+        return load(self._path(vocabulary, pattern), vocabulary)
+
+    def ask(self, vocabulary: Vocabulary, pattern: str, ready: Callable[[Index], None]) -> bool:
+        """Build in the background and call `ready` from there. False when it is built already, failed, or too
+        many wait."""
+        path = self._path(vocabulary, pattern)
+        with self._lock:
+            if path in self._asked:
+                return False
+            try:
+                self._queue.put_nowait((vocabulary, pattern, path, ready))
+            except Full:
+                return False
+            self._asked.add(path)
+            if self._thread is None:
+                self._thread = Thread(target=self._work, name="constraint indexes", daemon=True)
+                self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Until everything that was asked for is built or has failed."""
+        self._queue.join()
+
+    def _path(self, vocabulary: Vocabulary, pattern: str) -> Path:
+        return path_of(self.folder or default_folder(), vocabulary, pattern)
+
+    def _work(self) -> None:
+        while True:
+            vocabulary, pattern, path, ready = self._queue.get()
+            try:
+                self._build(vocabulary, pattern, path)
+                index = load(path, vocabulary)
+                if index is not None:
+                    ready(index)
+            except (OSError, subprocess.SubprocessError, ConstraintError) as error:
+                # Without an index the pattern runs on as before; the reason is kept for whoever asks.
+                self.failures[path] = str(error)
+            finally:
+                self._queue.task_done()
+
+    def _build(self, vocabulary: Vocabulary, pattern: str, path: Path) -> None:
+        stored = path.parent / f"vocabulary-{vocabulary.key[:40]}.npz"
+        if not stored.exists():
+            vocabulary.save(stored)
+        job = json.dumps({"vocabulary": str(stored), "pattern": pattern, "path": str(path)})
+        done = subprocess.run(
+            [sys.executable, "-c", "from constraints.index import main; main()"],
+            input=job,
+            text=True,
+            capture_output=True,
+            timeout=self.max_seconds,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        if done.returncode:
+            raise ConstraintError(done.stderr.strip().rsplit("\n", 1)[-1] or f"exit status {done.returncode}")
+
+
+def main() -> None:
+    """The process that builds one index: bounded before it reads its job."""
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
+    os.nice(10)
+    job = json.load(sys.stdin)
+    build(Vocabulary.load(Path(job["vocabulary"])), job["pattern"], Path(job["path"]))
+
+
+builder = Builder()
+"""The builder of this process. It writes to `default_folder()`."""
