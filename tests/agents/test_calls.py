@@ -166,7 +166,11 @@ def test_samples_of_a_run_are_siblings_from_one_snapshot() -> None:
     call = AICall(model, "x", config=RetryConfig(n_samples=3))
     run(call)
     assert [args[-1] for args, _ in model.calls] == [[UserMessage("x")]] * 3
-    assert [node.data[-1].content for node in call.samples.children] == ["reply 1.0", "reply 2.0", "reply 3.0"]
+    assert [node.data[-1].content for node in call.samples.children] == [
+        "reply 1.0",
+        "reply 2.0",
+        "reply 3.0",
+    ]
     assert call.active_sample_id == call.samples.children[-1].id
     run(call)
     assert len(call.samples.children) == 3

@@ -60,7 +60,10 @@ def test_split_leaves_single_replies() -> None:
 
 def test_split_gives_each_reply_the_common_past() -> None:
     first, second = AIMessage("a", 7, 1), AIMessage("b", 7, 2)
-    assert split_multi_samples([SYSTEM, USER, first, second]) == [[SYSTEM, USER, first], [SYSTEM, USER, second]]
+    assert split_multi_samples([SYSTEM, USER, first, second]) == [
+        [SYSTEM, USER, first],
+        [SYSTEM, USER, second],
+    ]
 
 
 def test_split_keeps_replies_of_earlier_runs() -> None:

@@ -123,7 +123,9 @@ def test_another_samples_message_is_not_replaced() -> None:
 
 def test_feedback_may_contain_braces() -> None:
     for inplace in (False, True):
-        conversation = add_feedback(hello(), SampleNode(None, feedback="{{model}} {{x}}"), feedback_inplace=inplace)
+        conversation = add_feedback(
+            hello(), SampleNode(None, feedback="{{model}} {{x}}"), feedback_inplace=inplace
+        )
         assert "{{model}} {{x}}" in str(conversation[-1].content)
 
 

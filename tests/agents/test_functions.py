@@ -101,7 +101,10 @@ def test_extract() -> None:
 def test_extract_several_and_fenced() -> None:
     model = ScriptedModel(['```json\n{"name": "A", "age": 1}\n```', '{"name": "B", "age": 2}'])
     conversation = aiextract("x", model=model, return_type=Person, api_kwargs={"n": 2})
-    assert [message.content for message in conversation[2:]] == [Person(name="A", age=1), Person(name="B", age=2)]
+    assert [message.content for message in conversation[2:]] == [
+        Person(name="A", age=1),
+        Person(name="B", age=2),
+    ]
     assert [message.sample_id for message in conversation[2:]] == [1, 2]
 
 

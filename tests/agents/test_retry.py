@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import re
 from collections.abc import Callable
@@ -112,7 +113,13 @@ def test_the_last_passing_sample_in_pre_order_is_chosen() -> None:
     assert passed
     assert node is nodes["a1"]
     assert stats(call) == [(2, 4), (2, 3), (1, 1), (0, 1), (0, 1)]
-    assert [nodes[name].success for name in ("root", "a", "a1", "a2", "b")] == [None, True, True, False, False]
+    assert [nodes[name].success for name in ("root", "a", "a1", "a2", "b")] == [
+        None,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_without_a_pass_the_best_by_score_and_ordering_is_chosen() -> None:
@@ -410,7 +417,7 @@ def test_a_sample_chosen_twice_carries_one_feedback_message() -> None:
     assert [message.content for message in chosen.data[2:]] == ["ab", "### Feedback from Evaluator\n\nF\n"]
     for request in model.calls[1:]:
         roles = [type(message) for message in request.prompt]
-        assert (UserMessage, UserMessage) not in list(zip(roles, roles[1:], strict=False))
+        assert (UserMessage, UserMessage) not in list(itertools.pairwise(roles))
 
 
 def test_feedback_in_place() -> None:

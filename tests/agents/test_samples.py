@@ -91,7 +91,12 @@ def test_backpropagate_reaches_ancestors_only() -> None:
     backpropagate(left, wins=True, visits=1)
     backpropagate(left, 2, 3)
     backpropagate(right, False)
-    assert [(node.wins, node.visits) for node in (root, left, right, below)] == [(3, 5), (3, 4), (0, 1), (0, 0)]
+    assert [(node.wins, node.visits) for node in (root, left, right, below)] == [
+        (3, 5),
+        (3, 4),
+        (0, 1),
+        (0, 0),
+    ]
 
 
 def test_find_by_id() -> None:

@@ -73,7 +73,12 @@ def reference_tree() -> tuple[SampleNode, SampleNode, SampleNode, SampleNode]:
 
 def test_the_published_tree() -> None:
     root, child1, child2, child11 = reference_tree()
-    assert [round(score(node, UCT()), 2) for node in (root, child1, child11, child2)] == [0.67, 2.05, 2.18, 1.48]
+    assert [round(score(node, UCT()), 2) for node in (root, child1, child11, child2)] == [
+        0.67,
+        2.05,
+        2.18,
+        1.48,
+    ]
     assert select_best(root, UCT()) is child11
     assert select_best(root) is child11
     assert select_best(child2) is child2
@@ -153,7 +158,9 @@ def test_gamma_moments(shape: float) -> None:
     rng = random.Random(7)
     draws = [gamma_sample(shape, 2.0, rng) for _ in range(20_000)]
     # Mean k*theta with standard error sqrt(k)*theta/sqrt(n); variance k*theta^2.
-    assert statistics.fmean(draws) == pytest.approx(shape * 2, abs=5 * math.sqrt(shape) * 2 / math.sqrt(20_000))
+    assert statistics.fmean(draws) == pytest.approx(
+        shape * 2, abs=5 * math.sqrt(shape) * 2 / math.sqrt(20_000)
+    )
     assert statistics.pvariance(draws) == pytest.approx(shape * 4, rel=0.15)
 
 

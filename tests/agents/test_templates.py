@@ -24,7 +24,9 @@ def test_feedback_template_is_exact() -> None:
     assert message.content == "### Feedback from Evaluator\n{{feedback}}\n"
 
 
-@pytest.mark.parametrize(("name", "count"), [("CodeFixerRCI", 2), ("CodeFixerShort", 1), ("CodeFixerTiny", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("CodeFixerRCI", 2), ("CodeFixerShort", 1), ("CodeFixerTiny", 1)]
+)
 def test_code_fixer_templates_ask_for_feedback_only(name: str, count: int) -> None:
     messages = template_messages(AITemplate(name))
     assert len(messages) == count

@@ -56,7 +56,8 @@ def test_an_exception() -> None:
     assert cb.error_lines == [2, 4]
     assert cb.stdout == "ZeroDivisionError: division by zero"
     assert str(cb) == (
-        "AICode(Success: False, Parsed: True, Evaluated: N/A, Error Caught: True, StdOut: True, Code: 4 Lines)"
+        "AICode(Success: False, Parsed: True, Evaluated: N/A, Error Caught: True, StdOut: True, "
+        "Code: 4 Lines)"
     )
 
 

@@ -97,7 +97,9 @@ def test_failed_evaluation_without_output() -> None:
 
 
 def test_failed_evaluation_with_everything() -> None:
-    cb = evaluated("a = 1\nb = 2\nc = 3\nd = 4", error=ValueError("bad"), error_lines=[3, 9, 1, 3, 2, 4], stdout="out")
+    cb = evaluated(
+        "a = 1\nb = 2\nc = 3\nd = 4", error=ValueError("bad"), error_lines=[3, 9, 1, 3, 2, 4], stdout="out"
+    )
     assert text(cb) == (
         "**Error Detected:**\n**ValueError**:\nbad"
         "\n\n\n\n**Lines that caused the error:**\n- c = 3\n- a = 1\n- b = 2"

@@ -27,7 +27,9 @@ WORKS = "```python\nx = 1\n```"
 TEMPLATES = [UserMessage("first: {{feedback}}"), UserMessage("again: {{feedback}}")]
 
 
-def fixer(*replies: Any, config: RetryConfig | None = None, **options: Any) -> tuple[AICodeFixer, ScriptedModel]:
+def fixer(
+    *replies: Any, config: RetryConfig | None = None, **options: Any
+) -> tuple[AICodeFixer, ScriptedModel]:
     model = ScriptedModel(replies)
     call = AIGenerate(model, "Write code", config=config or RetryConfig())
     return AICodeFixer(call, TEMPLATES, feedback_func=short_feedback, **options), model

@@ -107,7 +107,11 @@ def test_there_is_no_input() -> None:
 def test_prefix_and_suffix_share_the_module() -> None:
     result = run_in_process("y = x + 1", prefix="x = 1", suffix="z = y * 10")
     assert result.report is not None
-    assert {name: item["text"] for name, item in result.report["output"].items()} == {"x": "1", "y": "2", "z": "20"}
+    assert {name: item["text"] for name, item in result.report["output"].items()} == {
+        "x": "1",
+        "y": "2",
+        "z": "20",
+    }
 
 
 def test_the_module_behaves_like_a_program() -> None:

@@ -71,7 +71,8 @@ def test_reasons_name_the_line() -> None:
 
 def test_removal_keeps_line_numbers() -> None:
     code = (
-        "!pip install x\nimport os; import nope_a\nif True:\n    os.system(\n        'pip install x'\n    )\ny = 1"
+        "!pip install x\nimport os; import nope_a\n"
+        "if True:\n    os.system(\n        'pip install x'\n    )\ny = 1"
     )
     cleaned, removed = remove_unsafe(code)
     assert cleaned == "pass\nimport os; pass\nif True:\n    pass\n\n\ny = 1"
@@ -88,7 +89,7 @@ def test_blanking_counts_bytes_not_characters() -> None:
     assert remove_unsafe(code)[0] == "é = 'ü'; pass; z = 'ß'"
 
 
-TESTS = '''\
+TESTS = """\
 import unittest
 def f(): return 1
 assert f() == 1
@@ -103,7 +104,7 @@ def g():
 test_f()
 unittest.main()
 x = g()
-'''
+"""
 
 
 def test_remove_all_tests() -> None:

@@ -76,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def choice(self, body: dict[str, Any], number: int) -> dict[str, Any]:
         text = None if body["model"] == "silent" else f"{number}: {body['messages'][-1]['content']}"
-        logprobs = {"content": [{"logprob": -1.0 - number}, {"logprob": -0.5}]} if body.get("logprobs") else None
+        logprobs = (
+            {"content": [{"logprob": -1.0 - number}, {"logprob": -0.5}]} if body.get("logprobs") else None
+        )
         message = {"role": "assistant", "content": text}
         return {"index": number, "message": message, "finish_reason": "stop", "logprobs": logprobs}
 
@@ -98,7 +100,11 @@ def server() -> Iterator[Server]:
 def test_a_request_and_its_reply(server: Server) -> None:
     model = OpenAIModel("m", base_url=server.url, api_key="key", headers={"X-Extra": "1"})
     conversation = model([UserMessage("Hi {{who}}")], who="Bob", api_kwargs={"top_p": 0.5}, return_all=True)
-    assert [message.content for message in conversation] == ["Act as a helpful AI assistant", "Hi Bob", "0: Hi Bob"]
+    assert [message.content for message in conversation] == [
+        "Act as a helpful AI assistant",
+        "Hi Bob",
+        "0: Hi Bob",
+    ]
     assert conversation[-1] == AIMessage("0: Hi Bob", finish_reason="stop", tokens=(7, 5))
     ((path, body, headers),) = server.requests
     assert path == "/v1/chat/completions"

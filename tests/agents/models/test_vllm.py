@@ -131,7 +131,9 @@ def test_response_format() -> None:
     schema = {"type": "object"}
     sent = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert sampling_params({"response_format": sent}).structured_outputs.json == schema
-    assert sampling_params({"response_format": {"type": "json_object"}}).structured_outputs.json_object is True
+    assert (
+        sampling_params({"response_format": {"type": "json_object"}}).structured_outputs.json_object is True
+    )
     assert sampling_params({"response_format": {"type": "text"}}).structured_outputs is None
     with pytest.raises(ValueError, match="response_format"):
         sampling_params({"response_format": {"type": "other"}})
