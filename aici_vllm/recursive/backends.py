@@ -24,9 +24,13 @@ TOO_MANY_IN_BATCH = "Error: max_children_per_batch exceeded"
 class RecursiveBackend(Protocol):
     """What a REPL asks of the model behind it.
 
-    The methods may be coroutine functions where the run is driven with `arun`. A backend that has the
-    attributes `node` and `deadline` gets them set by the runner: the node of the call tree that its calls
-    belong to, and the deadline that they must keep.
+    The methods may be coroutine functions where the run is driven with `arun`. Keyword arguments that model
+    code passes to `llm_query` and the others arrive here as they are.
+
+    Three attributes are set by the runner where a backend has them: `node`, the node of the call tree that
+    its calls belong to; `deadline`, which they must keep; and `messages`, the live conversation of the run.
+    A backend with a method `turn(messages, model)` also makes the run's own calls, in place of the chat
+    function.
     """
 
     max_depth: int

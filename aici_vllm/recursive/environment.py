@@ -85,14 +85,14 @@ class REPLEnvironment:
         llm_model: str | None = None,
         **kwargs: Any,
     ) -> REPLObservation:
-        """Begin an episode with a fresh sandbox.
+        """Begin an episode with a fresh sandbox, whose `random` module starts from `seed`.
 
         `expected_answer`, `rlm_max_depth` and `rlm_max_iterations` are taken as further keywords. Where the
         environment has no model functions and a token is at hand (`hf_token`, else the variable `HF_TOKEN`),
         they are made from it.
         """
         self.close()
-        run_to_end(self._begin(False, episode_id, context, task_prompt, hf_token, llm_model, kwargs))
+        run_to_end(self._begin(False, seed, episode_id, context, task_prompt, hf_token, llm_model, kwargs))
         return self._first_observation()
 
     async def areset(
@@ -107,7 +107,7 @@ class REPLEnvironment:
     ) -> REPLObservation:
         """`reset` inside an event loop."""
         await self.aclose()
-        await self._begin(True, episode_id, context, task_prompt, hf_token, llm_model, kwargs)
+        await self._begin(True, seed, episode_id, context, task_prompt, hf_token, llm_model, kwargs)
         return self._first_observation()
 
     def step(self, action: REPLAction, timeout_s: float | None = None, **kwargs: Any) -> REPLObservation:
@@ -165,6 +165,7 @@ class REPLEnvironment:
     async def _begin(
         self,
         asynchronous: bool,
+        seed: int | None,
         episode_id: str | None,
         context: str | None,
         task_prompt: str | None,
@@ -189,6 +190,7 @@ class REPLEnvironment:
             variables,
             self.sandbox_limits,
             asynchronous=asynchronous,
+            seed=seed,
             on_final=self._take_final,
         )
         self._state = REPLState(

@@ -162,7 +162,9 @@ class LocalRLMRunner:
     ) -> _Run:
         node, self.node = self.node or CallNode("run", self.depth, preview(task), model), None
         backend = self._make_backend(asynchronous)
-        for name, value in (("node", node), ("deadline", NEVER if asynchronous else deadline)):
+        messages = self._first_messages(context, task)
+        limit = NEVER if asynchronous else deadline
+        for name, value in (("node", node), ("deadline", limit), ("messages", messages)):
             if hasattr(backend, name):
                 setattr(backend, name, value)
         env = REPLEnvironment(
@@ -177,8 +179,7 @@ class LocalRLMRunner:
             sandbox_limits=self.sandbox_limits,
         )
         env.max_iterations = self.max_iterations * self.env_max_iterations_multiplier
-        env.deadline = NEVER if asynchronous else deadline
-        messages = self._first_messages(context, task)
+        env.deadline = limit
         return _Run(task, model, env, backend, node, deadline, asynchronous, messages)
 
     def _make_backend(self, asynchronous: bool) -> Any:
@@ -298,10 +299,11 @@ class LocalRLMRunner:
         return (reply if answer is None else answer).strip() or None
 
     async def _chat(self, run: _Run, messages: list[dict[str, str]]) -> str:
+        chat = getattr(run.backend, "turn", self._chat_fn)
         if run.asynchronous:
-            answer = await call_off_loop(self._chat_fn, messages, run.model)
+            answer = await call_off_loop(chat, messages, run.model)
         else:
-            answer = await settle(call_within(run.deadline, self._chat_fn, messages, run.model))
+            answer = await settle(call_within(run.deadline, chat, messages, run.model))
         run.node.count(answer)
         return answer
 

@@ -8,6 +8,7 @@ import contextlib
 import keyword
 import os
 import re
+import secrets
 import string
 import threading
 import time
@@ -241,7 +242,8 @@ class Sandbox:
 
     With `asynchronous=True` every method must be awaited inside an event loop, no thread is held while the
     sandbox or a tool works, and tools may be coroutine functions. Without it the same methods never suspend,
-    so `run_to_end` can drive them.
+    so `run_to_end` can drive them. `seed` starts the `random` module of the session; a rebuilt session draws
+    the same numbers again.
     """
 
     def __init__(
@@ -251,12 +253,14 @@ class Sandbox:
         limits: SandboxLimits | None = None,
         *,
         asynchronous: bool = False,
+        seed: int | None = None,
         on_final: Callable[[str], str] = lambda answer: f"FINAL({answer})",
     ) -> None:
         self.limits = limits or SandboxLimits()
         self.tools = dict(tools)
         self._variables = dict(variables)
         self._asynchronous = asynchronous
+        self._seed = secrets.randbits(32) if seed is None else seed
         self._private: dict[str, Callable[..., Any]] = {
             "__final__": on_final,
             "__candidates__": self._candidates,
@@ -281,7 +285,7 @@ class Sandbox:
                 "max_recursion_depth": self.limits.recursion_depth,
                 "max_suspensions": self.limits.host_calls,
             },
-            os_policy={"sleep": "zero"},
+            os_policy={"sleep": "zero", "random_start": {"seed": self._seed}},
             external_modules={"string": ExternalModule(_STRING_MODULE)},
         )
         await settle(session.__aenter__() if self._asynchronous else session.__enter__())
@@ -395,7 +399,7 @@ class Sandbox:
     async def _fail(
         self, outcome: BlockOutcome, error: Exception, record: _Recorded, deadline: Deadline
     ) -> None:
-        if not isinstance(error, MontyError) and self._pid is not None and not _is_dead_session(error):
+        if not (isinstance(error, MontyError) or _is_dead_session(error)):
             raise error
         if isinstance(error, MontyCrashedError) and deadline.passed:
             await self.abandon()

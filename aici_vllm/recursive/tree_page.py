@@ -64,7 +64,7 @@ h1 { font-size: 1.25rem; margin: 0 0 .75rem; }
 <h1>@TITLE@</h1>
 <div class="totals" id="totals"></div>
 <div class="row head"><div>call</div><div class="number">depth</div>
-<div class="number">prompt (cached) + generated</div><div class="number">seconds</div>
+<div class="number">tokens in (cached) + out</div><div class="number">seconds</div>
 <div>when</div><div>result or error</div></div>
 <div id="tree"></div>
 <script type="application/json" id="data">@DATA@</script>

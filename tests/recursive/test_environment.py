@@ -252,6 +252,25 @@ def test_an_error_of_the_model_is_an_error_of_the_block(env):
     assert observation.result.exception == "TypeError: one call only"
 
 
+def test_further_keywords_reach_the_backend(env):
+    environment = env(
+        llm_query_fn=lambda prompt, model=None, *, regex=None: f"{prompt} like {regex}",
+        llm_batch_fn=lambda prompts, model=None, *, shared="": [shared + p for p in prompts],
+    )
+    code = "print(llm_query('a', regex='b+'), llm_query_batched(['q'], shared='doc '))"
+    assert step(environment, code).result.stdout == "a like b+ ['doc q']\n"
+
+
+def test_a_seed_fixes_the_random_numbers():
+    environment = REPLEnvironment()
+    shown = []
+    for seed in (1, 1, 2):
+        environment.reset(seed=seed)
+        shown.append(step(environment, "import random\nprint(random.random())").result.stdout)
+    environment.close()
+    assert shown[0] == shown[1] != shown[2]
+
+
 # Limits
 
 

@@ -5,14 +5,40 @@ import inspect
 
 import aici_vllm.recursive as recursive
 
-SPECIFIED = """
-RecursiveBackend BackendLimits ChildTrace DirectLMBackend LocalChildRLMBackend RecursiveController
-create_server_recursive_controller LocalRLMRunner RLMRunResult LocalREPLEnv REPLEnvironment
-REPLAction REPLObservation REPLState CodeBlockResult StepResult RLM_SYSTEM_PROMPT RLM_SYSTEM_PROMPT_QWEN
-QueryMetadata build_rlm_system_prompt build_user_prompt build_initial_prompt extract_code_blocks
-format_observation format_observations Rubric ExactMatchRubric FuzzyMatchRubric CustomMetricRubric
-CodeExecutionRubric REPLRubric ChatFn
-""".split()
+SPECIFIED = [
+    "RecursiveBackend",
+    "BackendLimits",
+    "ChildTrace",
+    "DirectLMBackend",
+    "LocalChildRLMBackend",
+    "RecursiveController",
+    "create_server_recursive_controller",
+    "LocalRLMRunner",
+    "RLMRunResult",
+    "LocalREPLEnv",
+    "REPLEnvironment",
+    "REPLAction",
+    "REPLObservation",
+    "REPLState",
+    "CodeBlockResult",
+    "StepResult",
+    "RLM_SYSTEM_PROMPT",
+    "RLM_SYSTEM_PROMPT_QWEN",
+    "QueryMetadata",
+    "build_rlm_system_prompt",
+    "build_user_prompt",
+    "build_initial_prompt",
+    "extract_code_blocks",
+    "format_observation",
+    "format_observations",
+    "Rubric",
+    "ExactMatchRubric",
+    "FuzzyMatchRubric",
+    "CustomMetricRubric",
+    "CodeExecutionRubric",
+    "REPLRubric",
+    "ChatFn",
+]
 
 
 def test_every_specified_name_is_exported():
@@ -118,3 +144,20 @@ def test_a_backend_written_elsewhere_works():
     result = runner.run("c", "t")
     assert result.final_answer == "['q:1', ['b:2'], 'r:3', ['rb:4']]"
     assert result.child_traces == ["own trace"]
+
+
+def test_a_backend_may_make_the_turns_itself_and_see_the_conversation():
+    class Whole(recursive.DirectLMBackend):
+        messages = None
+
+        def turn(self, messages, model=None):
+            return "```repl\nFINAL(llm_query('how many?'))\n```"
+
+        def query(self, prompt, model=None):
+            return f"{len(self.messages)} messages"
+
+    def unused(messages):
+        raise AssertionError("the backend makes the turns")
+
+    runner = recursive.LocalRLMRunner(unused, backend_factory=lambda chat, **kwargs: Whole(chat))
+    assert runner.run("c", "t").final_answer == "3 messages"

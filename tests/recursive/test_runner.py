@@ -1,6 +1,7 @@
 """The runner: turns, final answers, children and timeouts, with scripted chat functions."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
@@ -31,6 +32,10 @@ def script(*replies):
 
     chat.calls = calls
     return chat
+
+
+def timed_out(result):
+    return re.fullmatch(r"Error: child timeout after \d+\.\d{3}s", result.final_answer) is not None
 
 
 def repl(code):
@@ -357,8 +362,7 @@ def test_a_child_that_is_too_slow_is_left_and_says_so():
     chat = tree_chat({"Slow child": release.wait}, repl("r = rlm_query('Slow child')\nprint(FINAL(r))"))
     result = LocalRLMRunner(chat, max_depth=3, per_child_timeout_s=0.05).run("c", "t")
     release.set()
-    assert result.final_answer.startswith("Error: child timeout after 0.")
-    assert result.final_answer.endswith("s")
+    assert timed_out(result)
     assert result.child_traces[0].error is None
 
 
@@ -369,9 +373,9 @@ def test_the_root_has_the_same_words_and_the_iterations_before():
     def chat(messages, model=None):
         return next(replies, None) or (release.wait() and "never used")
 
-    result = LocalRLMRunner(chat).run("c", "t", timeout_s=0.2)
+    result = LocalRLMRunner(chat).run("c", "t", timeout_s=1.0)
     release.set()
-    assert result.final_answer.startswith("Error: child timeout after 0.") and result.iterations == 1
+    assert timed_out(result) and result.iterations == 1
     assert LocalRLMRunner(chat).run("c", "t", timeout_s=0).iterations == 0
 
 
@@ -386,7 +390,7 @@ def test_a_timeout_stops_a_block_that_computes_or_waits(code):
 
     result = LocalRLMRunner(chat, max_depth=3).run("c", "t", timeout_s=0.2)
     release.set()
-    assert result.final_answer.startswith("Error: child timeout after 0.")
+    assert timed_out(result)
 
 
 def test_a_batch_that_is_left_behind_starts_nothing_more():
@@ -412,7 +416,7 @@ def test_a_child_has_no_more_time_than_is_left_to_its_parent():
     chat = tree_chat({"Slow child": lambda: release.wait(60)}, repl("FINAL(rlm_query('Slow child'))"))
     result = LocalRLMRunner(chat, max_depth=3, per_child_timeout_s=60).run("c", "t", timeout_s=0.2)
     release.set()
-    assert result.final_answer.startswith("Error: child timeout after 0.")
+    assert timed_out(result)
 
 
 # Inside an event loop
@@ -479,7 +483,7 @@ def test_an_asynchronous_timeout_cancels_everything_below():
             raise
 
     result = asyncio.run(LocalRLMRunner(chat, max_depth=3).arun("c", "t", timeout_s=0.2))
-    assert result.final_answer.startswith("Error: child timeout after 0.") and len(cancelled) == 3
+    assert timed_out(result) and len(cancelled) == 3
 
 
 def test_asynchronous_children_have_their_own_timeout():
@@ -489,7 +493,7 @@ def test_asynchronous_children_have_their_own_timeout():
         return repl("print(FINAL(rlm_query('Slow child')))")
 
     result = asyncio.run(LocalRLMRunner(chat, max_depth=3, per_child_timeout_s=0.05).arun("c", "t"))
-    assert result.final_answer.startswith("Error: child timeout after 0.")
+    assert timed_out(result)
 
 
 # The call tree

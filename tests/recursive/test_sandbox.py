@@ -257,6 +257,15 @@ def test_killed_while_it_computes(session):
     assert repl.out("print(x)") == "1\n"
 
 
+def test_a_rebuilt_session_draws_the_same_random_numbers(session):
+    repl = session()
+    drawn = repl.out("import random\nx = random.random()\nprint(x)")
+    kill(repl)
+    repl.run("1")
+    assert repl.out("print(x)") == drawn
+    assert session().out("import random\nprint(random.random())") != drawn
+
+
 def test_what_cannot_be_rebuilt_is_said_to_be_lost(session):
     answers = iter([1, 1])
     repl = session({"ask": lambda: next(answers)}, {"context": "text"}, block_seconds=0.5)
