@@ -80,7 +80,10 @@ class Constraint:
         return None
 
     def mask_row(self) -> Row:
-        """The mask: int32[num_words], bit t set when token t may come next. Read-only, all zero at a dead end."""
+        """The mask: int32[num_words], bit t set when token t may come next. Read-only.
+
+        It is all zero at a dead end.
+        """
         key = self.state_key()
         if key is not None and (known := masks.get(key)) is not None:
             return known

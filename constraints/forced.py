@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from constraints.vocabulary import Vocabulary
 
 CONTEXT = 6
-"""Tokens before the run that are tokenized with it, so that the run joins them as the model would write it."""
+"""Tokens before the run that are tokenized with it, so that it joins them as the model would write it."""
 PROBES = (" ", "a", "Z", "0", "\n", '"', ",", "}", "é", "  x")
 """What may stand after an open run. Tokens that any of these would change are left to the model."""
 

@@ -101,7 +101,7 @@ class GuidanceGrammar:
 
 
 class GuidanceConstraint(Constraint):
-    """A position in a grammar. llguidance does not name its states, so the tokens so far name the position."""
+    """A position in a grammar. llguidance names no states, so the tokens so far name the position."""
 
     vocabulary: Vocabulary
 

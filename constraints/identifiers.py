@@ -35,7 +35,7 @@ def _outside_rows() -> Ints:
 
 
 class IdentifierMachine(Machine[int]):
-    """States: outside an identifier, or a node in the tree of the known ones. Nodes never change their number."""
+    """States: outside an identifier, or a node in the tree of known ones. Nodes keep their numbers."""
 
     def __init__(self, vocabulary: Vocabulary, extra: str):
         super().__init__(vocabulary)
@@ -109,7 +109,7 @@ class DynamicLexer:
         self._constraint = MachineConstraint(self._machine)
 
     def add(self, identifier: str) -> None:
-        """Allow `identifier` from here on, also in constraints that are in use. `ConstraintError` if it is none."""
+        """Allow `identifier` from here on, also in constraints in use. `ConstraintError` when it is none."""
         spelled = identifier.encode()
         machine = self._machine
         if not spelled or spelled[0] not in machine.first_letters or not set(spelled) <= machine.letters:

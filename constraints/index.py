@@ -1,7 +1,7 @@
 """The index of a regex: the masks of all its states, made by another process in the background.
 
-The other process is bounded in time, memory and size of its result, and may die without harm. What it makes is a
-file, mapped into memory by everyone who uses the pattern, now or after a restart.
+The other process is bounded in time, memory and size of its result, and may die without harm. What it makes
+is a file, mapped into memory by everyone who uses the pattern, now or after a restart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_ROW_BYTES = 64 * 1024 * 1024
 MAX_STATES = 20_000
 MAX_MEMORY = 2 * 1024**3
 """Address space of the process that builds."""
-MAX_SECONDS = 60
+MAX_SECONDS = 20
 WAITING = 64
 """Patterns that may wait to be built; others are not worth it."""
 
@@ -85,7 +85,10 @@ def load(path: Path, vocabulary: Vocabulary) -> Index | None:
 
 
 def build(vocabulary: Vocabulary, pattern: str, path: Path) -> int:
-    """Write the index of `pattern` to `path`; the number of its states. `ConstraintError` when it is too large."""
+    """Write the index of `pattern` to `path`; return how many states it has.
+
+    `ConstraintError` when it is too large.
+    """
     automaton = RegexAutomaton(parse(pattern))
     trie = trie_of(vocabulary)
     steps = StepTable(automaton.row)
@@ -125,7 +128,7 @@ def _write(path: Path, rows: Row, places: dict[bytes, int]) -> None:
 
 
 class Builder:
-    """Builds indexes one at a time, in a process of its own each, and keeps nothing of a failure but its name."""
+    """Builds indexes one at a time, each in a process of its own. `failures` says why a path has none."""
 
     def __init__(self, folder: Path | None = None, max_seconds: float = MAX_SECONDS):
         self.folder = folder
@@ -141,8 +144,10 @@ class Builder:
         return load(self._path(vocabulary, pattern), vocabulary)
 
     def ask(self, vocabulary: Vocabulary, pattern: str, ready: Callable[[Index], None]) -> bool:
-        """Build in the background and call `ready` from there. False when it is built already, failed, or too
-        many wait."""
+        """Build in the background and call `ready` from there.
+
+        False when it was asked for before, or too many wait.
+        """
         path = self._path(vocabulary, pattern)
         with self._lock:
             if path in self._asked:

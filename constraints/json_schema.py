@@ -12,22 +12,11 @@ from constraints.guidance import NO_FORCING, GuidanceConstraint, GuidanceGrammar
 from constraints.machine import compiled
 from constraints.vocabulary import Vocabulary
 
-ANNOTATIONS = frozenset(
-    "$schema $id $anchor $comment $vocabulary id title description default examples example deprecated readOnly"
-    " writeOnly contentEncoding contentMediaType contentSchema definitions $defs".split()
-)
-"""Keywords that allow or forbid nothing."""
-
-SUPPORTED = frozenset(
-    "$ref type enum const allOf anyOf oneOf properties required additionalProperties patternProperties"
-    " minProperties maxProperties items prefixItems additionalItems minItems maxItems minLength maxLength"
-    " pattern format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
-)
-
 REFUSED = frozenset(
-    "not if then else contains minContains maxContains uniqueItems propertyNames dependentRequired"
-    " dependentSchemas dependencies unevaluatedProperties unevaluatedItems $dynamicRef $dynamicAnchor"
-    " $recursiveRef $recursiveAnchor divisibleBy extends disallow nullable discriminator".split()
+    {"not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"}
+    | {"dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"}
+    | {"$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "divisibleBy", "extends"}
+    | {"disallow", "nullable", "discriminator"}
 )
 """Keywords of some draft, or of OpenAPI, that change what is valid and that are not enforced."""
 
@@ -37,7 +26,7 @@ SCHEMAS = ("items", "additionalProperties", "additionalItems")
 
 
 def json_schema(vocabulary: Vocabulary, schema: Any, *, compact: bool = False) -> GuidanceConstraint:
-    """A JSON document that a schema (draft 2020-12) accepts: a dict, a bool, JSON text or a pydantic model class.
+    """A JSON document that a schema (draft 2020-12) accepts: a dict, JSON text or a pydantic model class.
 
     Objects write the properties that they name in the order of the schema, others after them. White space is
     free between tokens of JSON; `compact` allows none, so that more of the text is forced. Raises
@@ -46,9 +35,7 @@ def json_schema(vocabulary: Vocabulary, schema: Any, *, compact: bool = False) -
     parsed = _parsed(schema)
     check(parsed)
     options = {"whitespace_flexible": not compact}
-    if parsed is True:
-        parsed = {}
-    text = json.dumps({**parsed, "x-guidance": options})
+    text = json.dumps({**(parsed if isinstance(parsed, dict) else {}), "x-guidance": options})
     source = f"start: %json {text}{NO_FORCING}"
     key = ("json", vocabulary.key, text)
     try:

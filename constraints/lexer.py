@@ -13,8 +13,11 @@ Alive = tuple[tuple[int, int], ...]
 
 
 class Lexer:
-    """States are ints, 0 the start of a lexeme. `winner[state]` is the terminal of a lexeme that ends there, -1 for
-    none; `reachable[state]` is a bit set of the terminals that it may become."""
+    """States are ints, 0 the start of a lexeme.
+
+    `winner[state]` is the terminal of a lexeme that ends there, -1 for none; `reachable[state]` is a bit set
+    of the terminals that it may become.
+    """
 
     def __init__(self, terminals: list[Terminal]):
         self.automata = [RegexAutomaton(_tree(terminal)) for terminal in terminals]

@@ -27,12 +27,12 @@ class LiteralMachine(Machine[State]):
         return bytes(sorted(byte for byte, _ in self.edges(state)))
 
     def step(self, state: State, text: bytes) -> State | None:
-        found: State | None = state
         for byte in text:
-            found = next((after for label, after in self.edges(found) if label == byte), None)
-            if found is None:
+            following = [after for label, after in self.edges(state) if label == byte]
+            if not following:
                 return None
-        return found
+            state = following[0]
+        return state
 
     def text_row(self, state: State, tokens: list[int]) -> Row:
         v = self.vocabulary

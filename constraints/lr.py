@@ -22,15 +22,18 @@ Item = tuple[int, int]
 
 @dataclass
 class Tables:
-    """What the parser does. `shift[state]` and `goto[state]` map a terminal or a rule to the next state;
-    `reduce[state]` maps a terminal or END to the production to reduce."""
+    """What the parser does.
+
+    `shift[state]` and `goto[state]` map a terminal or a rule to the next state; `reduce[state]` maps a
+    terminal or END to the production to reduce.
+    """
 
     shift: list[dict[int, int]]
     goto: list[dict[int, int]]
     reduce: list[dict[int, int]]
     productions: list[Production]
     ambiguous: bool = False
-    """Whether a conflict was decided by yacc's order of preference: some texts of the grammar are then lost."""
+    """Whether a conflict was decided by yacc's order of preference: some texts are then lost."""
 
 
 class _Sets:

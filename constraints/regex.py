@@ -1,8 +1,8 @@
 """Regex constraints: an automaton names the states, and the fastest source at hand fills in their masks.
 
-A mask that no sequence has asked for comes from the index of the pattern, when there is one; else from llguidance,
-which starts at once; else, where llguidance meets its limits, from a walk of the token tree. All three give the
-same masks, so nothing changes when an index arrives in the middle of a sequence.
+A mask that no sequence has asked for comes from the index of the pattern, when there is one; else from
+llguidance, which starts at once; else, where llguidance meets its limits, from a walk of the token tree. All
+three give the same masks, so nothing changes when an index arrives in the middle of a sequence.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ class RegexConstraint(MachineConstraint[int]):
 def regex(vocabulary: Vocabulary, pattern: str) -> MachineConstraint[int]:
     """Text that `pattern` matches from its first character to its last.
 
-    `\\d \\w \\s` are ASCII, `.` is any character but a newline, `^` and `$` at the ends are redundant. The text
-    is always UTF-8. Raises `ConstraintError` naming the place of what is wrong or not supported (look-around,
+    `\\d \\w \\s` are ASCII, `.` is any character but a newline, `^` and `$` at the ends are redundant. The
+    text is always UTF-8. Raises `ConstraintError` naming the place of what is wrong or not supported (look-around,
     back references, assertions), and for a pattern that is too large.
     """
     if not isinstance(pattern, str):

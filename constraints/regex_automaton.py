@@ -269,12 +269,12 @@ def _counter(term: Term) -> tuple[tuple[object, ...], float]:
     """What `term` is but for the counter in front of it, and the counter."""
     lead: Term | None = None
     rest: Term = term
-    if isinstance(rest, Cat) and not isinstance(rest.head, Repeat):
+    if isinstance(term, Cat) and not isinstance(term.head, Repeat):
         # The rest of a character may stand before the counter.
-        lead, rest = rest.head, rest.tail
-    tail: Term | None = None
+        lead, rest = term.head, term.tail
+    tail = rest.tail if isinstance(rest, Cat) else None
     if isinstance(rest, Cat):
-        rest, tail = rest.head, rest.tail
+        rest = rest.head
     if not isinstance(rest, Repeat) or rest.low:
         return (term,), 0.0
     return (lead, rest.body, tail), float("inf") if rest.high is None else rest.high

@@ -1,7 +1,8 @@
-"""The regex language: text to a syntax tree of code point sets, and the tree back to text for other engines."""
+"""The regex language: text to a tree of code point sets, and the tree back to text for other engines."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
@@ -106,6 +107,11 @@ POSIX = {
     "graph": ((0x21, 0x7E),),
     "ascii": ((0x00, 0x7F),),
 }
+UNSUPPORTED_GROUPS = (
+    ("=", "look-ahead"), ("!", "look-ahead"), ("<", "look-behind"), (">", "atomic group"),
+    ("P=", "back reference"), ("P>", "recursion"), ("#", "comment"), ("(", "condition"),
+)  # fmt: skip
+INLINE_FLAGS = re.compile(r"\(\?[a-z-]+\)")
 HEX_LENGTH = {"x": 2, "u": 4, "U": 8}
 
 
@@ -138,14 +144,14 @@ def any_case(ranges: Ranges) -> Ranges:
 def parse(pattern: str) -> Tree:
     """The syntax tree of `pattern`, a full match of which is wanted.
 
-    The language is what Python's and Rust's engines share: `\\d \\w \\s` are ASCII, `.` is any character but a
-    newline, lazy quantifiers match what greedy ones do. `ConstraintError` names the place of anything else.
+    The language is what Python's and Rust's engines share: `\\d \\w \\s` are ASCII, `.` is any character but
+    a newline, lazy quantifiers match what greedy ones do. `ConstraintError` names the place of anything else.
     """
     tree = _Parser(pattern).parse()
     if (size := positions(tree)) > MAX_POSITIONS:
         raise ConstraintError(
-            f"regex {shown(pattern)} describes up to {size} characters in sequence; {MAX_POSITIONS} are allowed,"
-            " so use smaller repeat counts or an open-ended repeat"
+            f"regex {shown(pattern)} describes up to {size} characters in sequence;"
+            f" {MAX_POSITIONS} are allowed, so use smaller repeat counts or an open-ended repeat"
         )
     return tree
 
@@ -233,7 +239,8 @@ class _Parser:
         if char == "\\":
             return self._escape_atom(at)
         if char in "^$":
-            return self._anchor(char, at)
+            self._check_anchor(char, at)
+            return None
         if char in "*+?":
             raise self._error(f"nothing to repeat before '{char}'", at)
         return Chars(self._cased(of_chars(char)))
@@ -241,20 +248,17 @@ class _Parser:
     def _cased(self, ranges: Ranges) -> Ranges:
         return any_case(ranges) if self.ignore_case else ranges
 
-    def _anchor(self, name: str, at: int) -> None:
+    def _check_anchor(self, name: str, at: int) -> None:
         """Anchors at the ends of the pattern, or of its alternatives, say what a full match says anyway."""
         if name in ("^", "\\A"):
-            outermost = self.depth == 1 and (
-                at == 0 or self.pattern[at - 1] == "|" or self.pattern[at - 1] == ")"
+            before = self.pattern[:at]
+            useless = before == "" or before.endswith("|") or bool(INLINE_FLAGS.fullmatch(before))
+        else:
+            useless = self.at == len(self.pattern) or self._peek("|")
+        if self.depth > 1 or not useless:
+            raise self._error(
+                f"'{name}' in the middle of the pattern can never match and is not supported", at
             )
-            if outermost and (at == 0 or self.pattern[at - 1] == "|" or self._only_flags(at)):
-                return
-        elif self.depth == 1 and (self.at == len(self.pattern) or self.pattern[self.at] == "|"):
-            return
-        raise self._error(f"'{name}' in the middle of the pattern can never match and is not supported", at)
-
-    def _only_flags(self, at: int) -> bool:
-        return self.pattern.startswith("(?") and self.pattern.find(")") == at - 1
 
     def _group(self, at: int) -> Tree | None:
         saved = self.ignore_case, self.dot_all
@@ -276,8 +280,7 @@ class _Parser:
     def _flags(self) -> bool:
         """Read `ims-u:` or `ims)` of an inline group; True when the flags hold for the rest of the group."""
         at = self.at
-        for start, name in (("=", "look-ahead"), ("!", "look-ahead"), ("<", "look-behind"), (">", "atomic group"),
-                            ("P=", "back reference"), ("P>", "recursion"), ("#", "comment"), ("(", "condition")):  # fmt: skip
+        for start, name in UNSUPPORTED_GROUPS:
             if self._peek(start):
                 raise self._error(f"a {name} is not supported", at - 2)
         value = True
@@ -327,10 +330,11 @@ class _Parser:
     def _escape_atom(self, at: int) -> Tree | None:
         char = self._next("an escaped character")
         if char in "AzZ":
-            return self._anchor("\\" + char, at)
+            self._check_anchor("\\" + char, at)
+            return None
         if char in "bBG":
             raise self._error(f"the assertion '\\{char}' is not supported", at)
-        if char.isdecimal() and char != "0" or char == "k":
+        if (char.isdecimal() and char != "0") or char == "k":
             raise self._error("a back reference is not supported", at)
         ranges = self._escape(char, at)
         return Chars(self._cased(ranges))

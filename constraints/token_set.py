@@ -19,7 +19,7 @@ SHOWN = 50
 
 
 class TokenSet:
-    """A set of token ids below `size`. `row` is its memory: no copy, writable unless it was made read-only."""
+    """A set of token ids below `size`. `row` is its memory, writable unless it was made read-only."""
 
     __slots__ = ("_size", "row", "vocabulary")
 

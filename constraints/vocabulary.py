@@ -26,11 +26,11 @@ _known: WeakValueDictionary[str, Vocabulary] = WeakValueDictionary()
 
 
 class Vocabulary:
-    """Token ids and their bytes. Equal content gives equal `key`s; every cache of this package is keyed by it.
+    """Token ids and their bytes. Equal content gives equal `key`s; every cache of this package uses them.
 
-    `tokens[i]` is the bytes of token i, `None` where no token exists; `specials` maps the ids of special tokens
-    to their spelling; `encode` writes text as ids and adds nothing. `size` is what the model's output has, at
-    least `len(tokens)`: the ids in between are padding and never allowed.
+    `tokens[i]` is the bytes of token i, `None` where no token exists; `specials` maps the ids of special
+    tokens to their spelling; `encode` writes text as ids and adds nothing. `size` is what the model's
+    output has, at least `len(tokens)`: the ids in between are padding and never allowed.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Vocabulary:
         """The vocabulary of a tokenizer; the same object for the same content.
 
         Args:
-            tokenizer: a Hugging Face fast tokenizer, a `tokenizers.Tokenizer`, mistral_common's Tekkenizer or a
-                tiktoken Encoding.
+            tokenizer: a Hugging Face fast tokenizer, a `tokenizers.Tokenizer`, mistral_common's Tekkenizer
+                or a tiktoken Encoding.
             size: tokens in the model's output, when it has more than the tokenizer.
             eos_token_ids: the ids that end a sequence, when the tokenizer's own is not all of them.
 
@@ -222,7 +222,10 @@ class Vocabulary:
         return [int(i) for i in self._encode(text)]
 
     def greedy(self, text: bytes) -> list[int]:
-        """`text` as the longest tokens that fit, from the left. `ConstraintError` for a byte without a token."""
+        """`text` as the longest tokens that fit, from the left.
+
+        `ConstraintError` for a byte without a token.
+        """
         ids: list[int] = []
         place = 0
         while place < len(text):
@@ -241,7 +244,7 @@ class Vocabulary:
         return b"".join([self._bytes[i] for i in ids if 0 <= i < size])
 
     def token_repr(self, token: int) -> str:
-        """For logs: `EOS`, `EMPTY[id]` for special tokens, `HEX[..]` for no UTF-8, `OOB[id]`, or quoted text."""
+        """For logs: quoted text, `EOS`, `EMPTY[id]` for special tokens, `HEX[..]` for no UTF-8, `OOB[id]`."""
         if not 0 <= token < self.size:
             return f"OOB[{token}]"
         if token in self.eos_token_ids:

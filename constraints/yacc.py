@@ -1,4 +1,4 @@
-"""Yacc constraints: text whose lexemes an LR parser accepts, with a mask per lexer state and top of the stack."""
+"""Yacc constraints: lexemes that an LR parser accepts, with a mask per lexer state and top of the stack."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Reading:
 
 @dataclass
 class Classes:
-    """What the tokens do in one lexer state, whatever the parser thinks: tokens that do the same are together."""
+    """What the tokens do in one lexer state, whatever the parser thinks, grouped by what they do."""
 
     codes: list[int]
     counts: Ints
@@ -151,7 +151,8 @@ class Lexemes:
         if len(unknown):
             for key in np.unique(codes[unknown].astype(np.int64) * 256 + texts[unknown]).tolist():
                 # Numbering the next code may move the table, so it comes first.
-                following = self._move(*self.code[key >> 8], key & 255)
+                node, state = self.code[key >> 8]
+                following = self._move(node, state, key & 255)
                 self._table[key >> 8, key & 255] = following
             after[unknown] = self._table[codes[unknown], texts[unknown]]
         return after
@@ -369,9 +370,9 @@ def yacc(vocabulary: Vocabulary, grammar: str) -> MachineConstraint[State]:
     """Text of an LR(1) grammar: `%start R`, `%%`, rules `A: x | y ;`, terminals `"keyword"` and `"/regex/"`.
 
     The terminals of rule SKIP may stand between all others. A lexeme is as long as it can be, and the byte
-    after it must begin the next; literals win over regexes, longer ones first. The text may end where the last
-    lexeme is complete and the grammar allows it, never before the first. Raises `ConstraintError` with line and
-    column of what is wrong.
+    after it must begin the next; literals win over regexes, longer ones first. The text may end where the
+    last lexeme is complete and the grammar allows it, never before the first. Raises `ConstraintError` with
+    line and column of what is wrong.
     """
     return MachineConstraint(
         compiled.get(("yacc", vocabulary.key, grammar), lambda: YaccMachine(vocabulary, grammar))
