@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import atexit
+import builtins
 import contextlib
 import keyword
 import os
@@ -13,89 +12,22 @@ import string
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_monty import (
-    AsyncMonty,
-    ExternalModule,
-    Monty,
-    MontyComplete,
-    MontyCrashedError,
-    MontyError,
-)
+from pydantic_monty import ExternalModule, MontyComplete, MontyCrashedError, MontyError
 
 from .chat import call_off_loop, settle
 from .deadline import NEVER, Deadline, DeadlineExceeded, call_within
 from .sandbox_hints import hint_for
-
-MAX_WORKERS = 1024
-"""Worker processes of this host process; each live RLM node holds one while it runs (about 8 MiB)."""
+from .sandbox_pool import POOLS, SandboxError
+from .sandbox_prelude import HELPER_NAMES, PRELUDE, REBIND, VARIABLES
 
 _STRING_MODULE = {
     name: value for name, value in vars(string).items() if isinstance(value, str) and name[0] != "_"
 }
 
-_PRELUDE = r"""
-def __final_helper(answer):
-    return __final__(f"{answer}")
-
-def __final_var_helper(__name):
-    __name = f"{__name}".strip().strip("\"'")
-    if not __name.isidentifier():
-        return f"FINAL_VAR({__name})"
-    try:
-        __value = __eval(__name)
-    except __NameError:
-        return f"FINAL_VAR({__name})"
-    if __value is None:
-        return f"FINAL_VAR({__name})"
-    return __final__(f"{__value}")
-
-def __show_vars_helper():
-    __shown = []
-    for __name in __candidates__():
-        try:
-            __eval(__name)
-        except __NameError:
-            continue
-        __shown.append(__name)
-    return __shown
-
-def __show(__value, __depth=0):
-    if __isinstance(__value, __text_types):
-        return f"{__value[:500]!r}"
-    __is_dict = __isinstance(__value, __dict)
-    if __depth > 2 or not (__is_dict or __isinstance(__value, __list)):
-        return f"{__value!r}"[:500]
-    __parts = []
-    for __item in __value:
-        if __len(__parts) == 50:
-            __parts.append("...")
-            break
-        __shown = __show(__item, __depth + 1)
-        __parts.append(f"{__shown}: {__show(__value[__item], __depth + 1)}" if __is_dict else __shown)
-    return f"{{{', '.join(__parts)}}}" if __is_dict else f"[{', '.join(__parts)}]"
-
-__eval, __NameError, __isinstance, __len, __locals = eval, NameError, isinstance, len, locals
-__text_types, __dict, __list = (str, bytes), dict, list
-"""
-
-_REBIND = "FINAL, FINAL_VAR, SHOW_VARS = __final_helper, __final_var_helper, __show_vars_helper"
-_NAMES = """
-{
-    __k: __show(__v)[:500]
-    for __k, __v in __locals().items()
-    if not __k.startswith("__") and __k not in __hidden__
-}
-"""
-_PRELUDE_NAMES = ("FINAL", "FINAL_VAR", "SHOW_VARS")
-_BUILTINS = frozenset(dir(__builtins__)) if not isinstance(__builtins__, dict) else frozenset(__builtins__)
-
-
-class SandboxError(RuntimeError):
-    """The sandbox could not be started or used."""
+_BUILTINS = frozenset(vars(builtins))
 
 
 @dataclass(frozen=True)
@@ -147,59 +79,16 @@ class _Output:
         return text
 
 
+class _CannotRebuild(Exception):
+    """Running the recorded blocks again took too long, ran into a limit, or took another course."""
+
+
 @dataclass
 class _Recorded:
     """A block that ran, with the answers of its host calls: enough to run it again in a fresh worker."""
 
     code: str
     answers: list[tuple[str, dict[str, Any]]]
-
-
-class _Pools:
-    """The worker pools of this process, started on first use and again after a fork."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pid = 0
-        self._sync: Monty | None = None
-        self._async: AsyncMonty | None = None
-
-    def _forget_parent(self) -> None:
-        if self._pid != os.getpid():
-            self._pid, self._sync, self._async = os.getpid(), None, None
-
-    def sync(self) -> Monty:
-        with self._lock:
-            self._forget_parent()
-            if self._sync is None:
-                self._sync = Monty(max_processes=MAX_WORKERS)
-                self._sync.__enter__()
-            return self._sync
-
-    def asynchronous(self) -> AsyncMonty:
-        with self._lock:
-            self._forget_parent()
-            if self._async is None:
-                # Entered on a loop of its own, so that every loop of the process can use the one pool.
-                with ThreadPoolExecutor(1) as thread:
-                    self._async = thread.submit(
-                        asyncio.run, _entered(AsyncMonty(max_processes=MAX_WORKERS))
-                    ).result()
-            return self._async
-
-    def close(self) -> None:
-        with self._lock:
-            if self._sync is not None and self._pid == os.getpid():
-                self._sync.__exit__(None, None, None)
-                self._sync = None
-
-
-async def _entered(pool: AsyncMonty) -> AsyncMonty:
-    return await pool.__aenter__()
-
-
-_pools = _Pools()
-atexit.register(_pools.close)
 
 
 @contextlib.contextmanager
@@ -274,7 +163,7 @@ class Sandbox:
     # Life of the session
 
     async def _open(self) -> None:
-        pool: Any = _pools.asynchronous() if self._asynchronous else _pools.sync()
+        pool: Any = POOLS.asynchronous() if self._asynchronous else POOLS.sync()
         context = self._variables.get("context")
         size = len(context.encode("utf-8", "surrogatepass")) if isinstance(context, str) else 0
         session = pool.checkout(
@@ -291,7 +180,7 @@ class Sandbox:
         await settle(session.__aenter__() if self._asynchronous else session.__enter__())
         self._session, self._pid = session, session.worker_pid
         try:
-            await settle(session.feed_run(_PRELUDE, inputs=self._variables))
+            await settle(session.feed_run(PRELUDE, inputs=self._variables))
         except (MontyError, RuntimeError) as error:
             await self.close()
             raise SandboxError(
@@ -344,7 +233,7 @@ class Sandbox:
     async def _prepare(self) -> None:
         functions: dict[str, Callable[..., Any]] = {**self.tools, **self._private}
         inputs = {name: _named(function, name) for name, function in functions.items()}
-        await settle(self._session.feed_run(_REBIND, inputs=inputs))
+        await settle(self._session.feed_run(REBIND, inputs=inputs))
 
     async def _feed(
         self,
@@ -391,7 +280,7 @@ class Sandbox:
         return result
 
     def _candidates(self) -> list[str]:
-        words = {*self._words, *self._variables, *self.tools, *_PRELUDE_NAMES}
+        words = {*self._words, *self._variables, *self.tools, *HELPER_NAMES}
         return sorted(w for w in words if not (w.startswith("__") or keyword.iskeyword(w) or w in _BUILTINS))
 
     # Failing, and rebuilding what was lost
@@ -432,9 +321,9 @@ class Sandbox:
         try:
             for block in self._journal:
                 if time.monotonic() - started > self.limits.block_seconds:
-                    raise SandboxError("rebuilding took longer than one block may")
+                    raise _CannotRebuild
                 await self._replay(block)
-        except (MontyCrashedError, SandboxError):
+        except (MontyCrashedError, _CannotRebuild):
             self._journal.clear()
             with contextlib.suppress(MontyError, RuntimeError):
                 await self.close()
@@ -449,7 +338,7 @@ class Sandbox:
         async def recorded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
             expected, result = next(answers, ("", {}))
             if expected != name:
-                raise SandboxError(f"the recorded block called {expected!r} where it calls {name!r} now")
+                raise _CannotRebuild
             return result
 
         await self._prepare()
@@ -459,7 +348,7 @@ class Sandbox:
             raise
         except MontyError as error:
             if _loss(error, self.limits) is not None:
-                raise SandboxError("a recorded block ran into a limit") from None
+                raise _CannotRebuild from None
 
     # Looking at the state
 
@@ -476,9 +365,9 @@ class Sandbox:
         """The model's variables, `context` and `answer` included, with the start of their `repr`."""
         if self._session is None:
             await self._open()
-        hidden = [*self.tools, *_PRELUDE_NAMES]
+        hidden = [*self.tools, *HELPER_NAMES]
         try:
-            names = await settle(self._session.feed_run(_NAMES, inputs={"__hidden__": hidden}))
+            names = await settle(self._session.feed_run(VARIABLES, inputs={"__hidden__": hidden}))
         except (MontyError, RuntimeError):
             return dict(self._names)
         self._names = names
@@ -487,7 +376,7 @@ class Sandbox:
     @property
     def function_names(self) -> list[str]:
         """The functions model code can call, helpers included."""
-        return sorted({*self.tools, *_PRELUDE_NAMES})
+        return sorted({*self.tools, *HELPER_NAMES})
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
