@@ -216,7 +216,10 @@ class REPLEnvironment:
         self, hf_token: str | None, llm_model: str | None, depth: int | None, iterations: int | None
     ) -> None:
         """Make or rebuild the model functions that come from a token; functions given by the user stay."""
-        wanted = (int(depth or self.rlm_max_depth), int(iterations or self.rlm_max_iterations))
+        wanted = (
+            self.rlm_max_depth if depth is None else int(depth),
+            self.rlm_max_iterations if iterations is None else int(iterations),
+        )
         changed = wanted != (self.rlm_max_depth, self.rlm_max_iterations)
         self.rlm_max_depth, self.rlm_max_iterations = wanted
         if not self.llm_query_fn:

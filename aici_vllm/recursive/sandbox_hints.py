@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 
 MODULES = (
@@ -61,7 +62,7 @@ _HINTS: list[tuple[str, str]] = [
     ),
     (
         r"type object '\w+' has no attribute",
-        "Methods cannot be taken from a type, as in str.lower. Use a lambda: lambda s: s.lower().",
+        "Methods cannot be taken from a type, as in str.lower. Call them on a value: lambda s: s.lower().",
     ),
     (r"has no attribute '__\w+__'", "Dunder attributes are mostly not available."),
     (
@@ -112,4 +113,20 @@ def hint_for(error: str) -> str | None:
     for pattern, sentence in _HINTS:
         if re.search(pattern, error):
             return sentence
+    return _hint_for_missing_builtin(error)
+
+
+def _hint_for_missing_builtin(error: str) -> str | None:
+    """A hint where ordinary Python has the name, the method or the special method, and the sandbox has not."""
+    name = re.search(r"name '(\w+)' is not defined", error)
+    if name and hasattr(builtins, name.group(1)):
+        return f"The built-in `{name.group(1)}` is not available here. Write it with plain Python."
+    method = re.search(r"'(\w+)' object has no attribute '(\w+)'", error)
+    if method and hasattr(getattr(builtins, method.group(1), None), method.group(2)):
+        return f"`{method.group(1)}.{method.group(2)}` is not available here. Write it with plain Python."
+    if re.search(r"module '\w+' has no attribute", error):
+        return "The module has no such name here. Write it with plain Python."
+    own = re.search(r"object of type '(\w+)' has no len|instances of '(\w+)'", error)
+    if own and not hasattr(builtins, own.group(1) or own.group(2)):
+        return "Not all special methods of a class work here. Write an ordinary method and call it."
     return None

@@ -49,6 +49,10 @@ def box():
         ("llm_query('x')", "No language model is connected", "1"),
         ("open('data.txt')", "no files", "context"),
         ("import os\nos.environ['HOME']", "no environment variables", "context"),
+        ("callable(len)", "built-in `callable` is not available", "1"),
+        ("'abc'.translate({97: 98})", "`str.translate` is not available", "'abc'.replace('a', 'b')"),
+        ("import collections\ncollections.ChainMap()", "no such name here", "{**{}, **{}}"),
+        ("class A:\n    def __len__(self):\n        return 1\nlen(A())", "ordinary method", "1"),
         ("import sys\nsys.stdout.write('x')", "Use print", "print('x')"),
         ("def f(n):\n    return f(n + 1)\nf(0)", "loop", "1"),
         ("(" * 3000 + ")" * 3000, "several statements", "1"),
@@ -66,6 +70,16 @@ def test_every_module_that_is_named_can_be_imported(box, module):
     assert run_to_end(box.run(f"import {module}")).error is None
 
 
-@pytest.mark.parametrize("error", ["ValueError: x", "KeyError: 'a'", "NameError: name 'foo' is not defined"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ValueError: x",
+        "KeyError: 'a'",
+        "NameError: name 'foo' is not defined",
+        "AttributeError: 'str' object has no attribute 'nonsense'",
+        "TypeError: object of type 'int' has no len()",
+        "TypeError: '<' not supported between instances of 'str' and 'int'",
+    ],
+)
 def test_errors_that_python_has_too_get_no_advice(error):
     assert hint_for(error) is None
