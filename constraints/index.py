@@ -84,7 +84,7 @@ def load(path: Path, vocabulary: Vocabulary) -> Index | None:
     return Index(rows, {name.tobytes(): place for name, place in zip(names[:, :16], places, strict=True)})
 
 
-def build(vocabulary: Vocabulary, pattern: str, path: Path) -> int:
+def build(vocabulary: Vocabulary, pattern: str, path: Path, max_states: int = MAX_STATES) -> int:
     """Write the index of `pattern` to `path`; return how many states it has.
 
     `ConstraintError` when it is too large.
@@ -108,8 +108,8 @@ def build(vocabulary: Vocabulary, pattern: str, path: Path) -> int:
         if place == len(rows):
             rows.append(row)
         place_of[state] = place
-        if len(rows) > most or len(place_of) > MAX_STATES:
-            raise ConstraintError(f"the index needs more than {most} masks or {MAX_STATES} states")
+        if len(rows) > most or len(place_of) > max_states:
+            raise ConstraintError(f"the index needs more than {most} masks or {max_states} states")
         queue.extend(np.unique(ends[allowed]).tolist())
     _write(path, np.stack(rows), {automaton.digest(state): place for state, place in place_of.items()})
     return len(place_of)
