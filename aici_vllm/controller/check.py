@@ -78,7 +78,9 @@ def check_source(source: str, limits: Limits) -> ScriptFacts:
     for node in ast.walk(tree):
         if isinstance(node, _SUSPECTS):
             for message in _refusals(node):
-                raise ScriptError(message, getattr(node, "lineno", None))
+                raise ScriptError(
+                    message, node.target.lineno if isinstance(node, ast.comprehension) else node.lineno
+                )
     _check_start(tree)
     return ScriptFacts(takes_back=takes_back(source))
 
@@ -191,23 +193,21 @@ def _refusals(node: ast.AST) -> Iterator[str]:
 
 def _class_refusals(node: ast.ClassDef) -> Iterator[str]:
     if node.bases or node.keywords:
-        bases = [ast.unparse(base).rsplit(".")[-1] for base in node.bases]
+        bases = [getattr(base, "attr", getattr(base, "id", "")) for base in node.bases]
         yield f"the sandbox has no class inheritance: {_instead_of_bases(node.name, bases)}"
     for statement in node.body:
         match statement:
-            case (
-                ast.FunctionDef(decorator_list=[decorator, *_])
-                | ast.AsyncFunctionDef(decorator_list=[decorator, *_])
-            ):
-                yield f"the sandbox has no decorated methods: write {method} without @{ast.unparse(decorator)}"
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Pass() | ast.AnnAssign(target=ast.Name()):
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                if statement.decorator_list:
+                    yield f"the sandbox has no decorated methods: write {statement.name} as a plain one"
+            case ast.Pass() | ast.AnnAssign(target=ast.Name()) | ast.Assign(targets=[ast.Name()]):
                 pass
-            case ast.Assign(targets=[ast.Name()]) | ast.Expr(value=ast.Constant()):
+            case ast.Expr(value=ast.Constant()):
                 pass
             case _:
                 yield (
-                    f"a class in the sandbox holds methods and `name = value` only: move line {statement.lineno} "
-                    f"out of class {node.name}"
+                    "a class in the sandbox holds methods and `name = value` only: "
+                    f"move line {statement.lineno} out of class {node.name}"
                 )
 
 

@@ -7,8 +7,6 @@ import re
 
 WRAPPER = "_aici_await"
 
-_NEEDED = re.compile(r"\b(?:mid_process|ConstrainedToken|NextToken)\b")
-
 _PIECE = re.compile(
     r"""(?P<skip> \#[^\n]*+ | [ \t\f]++ | \\\r?\n )
     | (?P<newline> \s )
@@ -29,9 +27,7 @@ Piece = tuple[str, int, int]
 
 
 def wrap_awaits(source: str) -> str:
-    """The script with its awaits wrapped; the same text when it has no objects to await. Linear."""
-    if not _NEEDED.search(source):
-        return source
+    """The script with its awaits wrapped. Linear."""
     pieces, partner = _read(source)
     edits: list[tuple[int, str]] = []
     for at, (kind, start, end) in enumerate(pieces):

@@ -16,6 +16,9 @@ SHOWN_FRAMES = 20
 
 ONE_STRING = "Internal error in monty: exceptions can only be called with zero or one string argument"
 _IN_CALLBACK = re.compile(r"external function '(.+)' cannot suspend in this synchronous context")
+LONGEST_MESSAGE = 1000
+"""Characters of a script's own message that a client is told."""
+
 UNSUPPORTED = "The monty syntax parser does not yet support "
 
 CATCHABLE: tuple[ExcType, ...] = (
@@ -51,6 +54,8 @@ def script_fault(error: MontyRuntimeError | MontySyntaxError, source: str, limit
     lines = source.split("\n")
     frames = [f for f in error.traceback() if f.filename == SCRIPT_FILE and f.line <= len(lines)]
     message = _in_our_words(" ".join(error.display(format="type-msg").split("\n")), limits)
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]}..."
     details = [f"{message}\n"]
     if frames:
         details = ["Traceback (most recent call last):\n", *_traceback(frames, lines), *details]

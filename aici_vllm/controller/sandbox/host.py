@@ -1,9 +1,10 @@
-"""What a sandboxed script can ask: one function for each word of `prelude.py`, run in this process.
+"""What a sandboxed script can ask: one function for each word, run in this process.
 
 Whatever comes in was made by the script, so everything is checked here or in `words`.
 """
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from aici_vllm.controller.awaits import Awaitable, Decided
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult, Splice
 from constraints import Constraint, TokenSet, Vocabulary
+
+UNTIMED = frozenset(["FixedTokens", "gen_tokens", "gen_text", "new_constraint", "new_lexer"])
+"""Words that may take long once, for a long text or a large grammar. A script cannot ask them without end."""
 
 MOST_CONSTRAINTS = 256
 """Constraints that one script may hold."""
@@ -42,6 +46,8 @@ class Host:
 
     def __init__(self, branch: Branch):
         self.branch = branch
+        self.seconds = 0.0
+        """Time that the turn's questions have taken here."""
         self.constraints: dict[int, Constraint] = {}
         self.lexers: dict[int, constraints.DynamicLexer] = {}
         """Lexers under the number of their only constraint."""
@@ -66,21 +72,37 @@ class Host:
         _check_size([given, kwargs])
         if isinstance(log_level, int):
             self.branch.log_level = log_level
-        word, signature = WORDS[name]
+        word = WORDS[name]
         try:
-            signature.bind(self, *given, **kwargs)
+            word.signature.bind(self, *given, **kwargs)
         except TypeError as error:
             raise TypeError(f"{name}(): {error}") from None
-        return word(self, *given, **kwargs)
+        started = time.monotonic()
+        answer = word.function(self, *given, **kwargs)
+        if name not in UNTIMED:
+            self.seconds += time.monotonic() - started
+        return answer
 
 
-Word = Callable[..., Any]
-WORDS: dict[str, tuple[Word, inspect.Signature]] = {}
-"""Every word that `prelude.py` asks for, by its name in a script."""
+Function = Callable[..., Any]
 
 
-def _word(function: Word) -> Word:
-    WORDS[function.__name__] = (function, inspect.signature(function))
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One word: what answers it, and whether the script awaits the answer."""
+
+    function: Function
+    signature: inspect.Signature
+    awaited: bool
+
+
+WORDS: dict[str, Word] = {}
+"""Every word that the preludes ask for, by its name in a script."""
+
+
+def _word(function: Function) -> Function:
+    signature = inspect.signature(function, eval_str=True)
+    WORDS[function.__name__] = Word(function, signature, signature.return_annotation is Pending)
     return function
 
 
@@ -194,6 +216,16 @@ def get_prompt_len(host: Host) -> int:
 @_word
 def controller_arg(host: Host) -> str:
     return host.branch.group.arg
+
+
+@_word
+def fork_supported(host: Host) -> bool:
+    return True
+
+
+@_word
+def backtrack_supported(host: Host) -> bool:
+    return True
 
 
 @_word
@@ -388,13 +420,30 @@ def _decisions(host: Host, branches: Any) -> list[BranchDecision]:
     try:
         return [
             BranchDecision(
-                splices=[Splice(when_sampled=w, backtrack=b, ff_tokens=ff) for w, b, ff in splices],
-                sample_mask=None if bits is None else _set(host, bits),
+                splices=[
+                    Splice(when_sampled=when, backtrack=back, ff_tokens=_existing(host, ff))
+                    for when, back, ff in splices
+                ],
+                sample_mask=None if bits is None else _mask(host, bits),
             )
             for bits, splices in branches
         ]
     except (TypeError, ValueError) as error:
         raise type(error)(f"not a list of branches: {error}") from None
+
+
+def _existing(host: Host, tokens: Any) -> list[int]:
+    for token in _ids(tokens):
+        if not 0 <= token < host.vocabulary.size:
+            raise ValueError(f"token {token} is not in 0..{host.vocabulary.size - 1}")
+    return list(tokens)
+
+
+def _mask(host: Host, bits: Any) -> TokenSet:
+    mask = _set(host, bits)
+    if not mask.num_set():
+        raise ValueError("sample_mask allows no token")
+    return mask
 
 
 @_word

@@ -1,285 +1,57 @@
 """The words of a script in the sandbox. The worker runs this text before the script; nothing imports it.
 
-`host` maps the name of each function in `host.py` to a function that asks this process. Arguments go to the
-host as they are, because the sandbox loses the caller's line when it refuses them itself. `every_byte` is each
-byte once: the sandbox cannot make one of a number.
+`_aici_asked` and `_aici_awaited` map the names of words to functions that ask this process. Arguments
+go to the host as they are, because the sandbox loses the caller's line when it refuses them itself.
+Every line is part of every script's dump, so there are few; `prelude_decisions.py` has the rest.
 """
 # ruff: noqa: F821
 # mypy: ignore-errors
 
 
-def _aici_make_words(host, every_byte):
+def _aici_make_words(asked, awaited):
     class module:
         pass
 
     aici = module()
     aici.log_level = 1
 
-    # Words that need no token: one question, one answer.
+    def asks(ask):
+        return lambda *args, **kwargs: ask(aici.log_level, *args, **kwargs)
 
-    def sync_word(ask):
-        def word(*args, **kwargs):
-            return ask(aici.log_level, *args, **kwargs)
-
-        return word
-
-    aici.tokenize = sync_word(host["tokenize"])
-    aici.detokenize = sync_word(host["detokenize"])
-    aici.token_repr = sync_word(host["token_repr"])
-    aici.tokens_repr = sync_word(host["tokens_repr"])
-    aici.eos_token = sync_word(host["eos_token"])
-    aici.get_var = sync_word(host["get_var"])
-    aici.set_var = sync_word(host["set_var"])
-    aici.append_var = sync_word(host["append_var"])
-    aici.check_var = sync_word(host["check_var"])
-    aici.check_vars = sync_word(host["check_vars"])
-    aici.get_tokens = sync_word(host["get_tokens"])
-    aici.get_prompt_len = sync_word(host["get_prompt_len"])
-    aici.get_config = sync_word(host["get_config"])
-    aici.controller_arg = sync_word(host["controller_arg"])
-    aici.fork_supported = lambda: True
-    aici.backtrack_supported = lambda: True
-
-    ask_label = sync_word(host["Label"])
-    ask_tokens_since = sync_word(host["tokens_since"])
-    ask_text_since = sync_word(host["text_since"])
-
-    class Label:
-        def __init__(self, *args):
-            self.mark, self.ptr = ask_label(*args)
-
-        def tokens_since(self):
-            return ask_tokens_since(self.mark)
-
-        def text_since(self):
-            return ask_text_since(self.mark)
-
-    aici.Label = Label
-
-    # Token sets: the packed bits as bytes, so that they are copied when the script forks.
-
-    ask_empty = sync_word(host["empty_set"])
-    ask_full = sync_word(host["full_set"])
-
-    class TokenSet:
-        def __init__(self, *args):
-            self.size, self.bits = ask_empty(*args)
-
-        def __getitem__(self, token):
-            if not 0 <= token < self.size:
-                raise IndexError(f"token {token} is not in 0..{self.size - 1}")
-            return self.bits[token >> 3] >> (token & 7) & 1 == 1
-
-        def __setitem__(self, token, value):
-            if value is not True and value is not False:
-                raise TypeError("a token is in the set or not: assign True or False")
-            if self[token] != value:
-                at = token >> 3
-                byte = self.bits[at] ^ (1 << (token & 7))
-                self.bits = self.bits[:at] + every_byte[byte : byte + 1] + self.bits[at + 1 :]
-
-        def set_all(self, value):
-            self.bits = (ask_full() if value else ask_empty())[1]
-
-        def num_set(self):
-            return bin(int(self.bits.hex(), 16)).count("1")
-
-        def __repr__(self):
-            return f"TokenSet: {self.num_set()}/{self.size}"
-
-    def all_tokens():
-        tokens = TokenSet()
-        tokens.set_all(True)
-        return tokens
-
-    aici.TokenSet = TokenSet
-    aici.all_tokens = all_tokens
-
-    # Constraints live on the host; a script holds their number.
-
-    ask_new_constraint = sync_word(host["new_constraint"])
-    ask_constraint = sync_word(host["ask_constraint"])
-    ask_add_identifier = sync_word(host["add_identifier"])
-    ask_new_lexer = sync_word(host["new_lexer"])
-
-    class Constraint:
-        def __init__(self, kind, *args):
-            self.handle = ask_new_constraint(kind, *args) if kind else args[0]
-
-        def eos_allowed(self):
-            return ask_constraint(self.handle, "eos_allowed")
-
-        def eos_forced(self):
-            return ask_constraint(self.handle, "eos_forced")
-
-        def token_allowed(self, token):
-            return ask_constraint(self.handle, "token_allowed", token)
-
-        def append_token(self, token):
-            ask_constraint(self.handle, "append_token", token)
-
-        def allow_tokens(self, tokens):
-            tokens.bits = ask_constraint(self.handle, "allow_tokens")
-
-    class DynamicLexer:
-        def __init__(self, *args):
-            self.handle = ask_new_lexer(*args)
-
-        def add(self, *args):
-            ask_add_identifier(self.handle, *args)
-
-        def constraint(self):
-            return Constraint(None, self.handle)
-
-    aici.Constraint = lambda *args: Constraint("any text", *args)
-    aici.RegexConstraint = lambda *args: Constraint("regex", *args)
-    aici.CfgConstraint = lambda *args: Constraint("yacc", *args)
-    aici.LarkConstraint = lambda *args: Constraint("lark", *args)
-    aici.SubStrConstraint = lambda *args: Constraint("substring", *args)
-    aici.ChooseConstraint = lambda *args: Constraint("options", *args)
-    aici.DynamicLexer = DynamicLexer
-
-    # What a controller decides by itself.
-
-    class Splice:
-        def __init__(self, *, when_sampled=None, backtrack=0, ff_tokens):
-            self.when_sampled = when_sampled or []
-            self.backtrack = backtrack
-            self.ff_tokens = ff_tokens
-
-        def add_splice(self, other):
-            if other.when_sampled:
-                raise ValueError("only an unconditional splice can be added to another")
-            kept = len(self.ff_tokens) - other.backtrack
-            self.backtrack += max(-kept, 0)
-            self.ff_tokens = self.ff_tokens[: max(kept, 0)] + other.ff_tokens
-
-    class Branch:
-        def __init__(self, *, splices=None, sample_mask=None):
-            self.splices = splices or []
-            self.sample_mask = sample_mask
-            if sample_mask is None and not self.is_splice():
-                raise ValueError("a branch without sample_mask needs one splice with empty when_sampled")
-
-        def is_splice(self):
-            return self.sample_mask is None and len(self.splices) == 1 and not self.splices[0].when_sampled
-
-    class MidProcessResult:
-        def __init__(self, branches, skip_me=False):
-            self.branches = branches
-            self.skip_me = skip_me
-
-        def is_splice(self):
-            return len(self.branches) == 1 and self.branches[0].is_splice()
-
-    def splice(backtrack, ff_tokens):
-        return MidProcessResult([Branch(splices=[Splice(backtrack=backtrack, ff_tokens=ff_tokens)])])
-
-    Branch.noop = lambda: Branch(splices=[Splice(ff_tokens=[])])
-    MidProcessResult.bias = lambda mask: MidProcessResult([Branch(sample_mask=mask)])
-    MidProcessResult.splice = splice
-    MidProcessResult.stop = lambda: MidProcessResult([])
-    MidProcessResult.noop = lambda: splice(0, [])
-    MidProcessResult.skip = lambda: MidProcessResult([], True)
-    aici.Splice = Splice
-    aici.Branch = Branch
-    aici.MidProcessResult = MidProcessResult
-
-    def encode(branches):
-        return [
-            (
-                None if branch.sample_mask is None else branch.sample_mask.bits,
-                [(s.when_sampled, s.backtrack, s.ff_tokens) for s in branch.splices],
-            )
-            for branch in branches
-        ]
-
-    # Words that are awaited: the question is asked when the await begins.
-
-    def async_word(ask):
+    def awaits(ask):
         async def word(*args, **kwargs):
             return await ask(aici.log_level, *args, **kwargs)
 
         return word
 
-    aici.FixedTokens = async_word(host["FixedTokens"])
-    aici.gen_tokens = async_word(host["gen_tokens"])
-    aici.gen_text = async_word(host["gen_text"])
-    aici.wait_vars = async_word(host["wait_vars"])
-    aici.GetPrompt = async_word(host["GetPrompt"])
-    aici.StopToken = async_word(host["StopToken"])
-    aici.Noop = async_word(host["Noop"])
-    ask_fork = async_word(host["fork"])
-    ask_decide = async_word(host["decide"])
+    words = {name: asks(ask) for name, ask in asked.items()}
+    words.update({name: awaits(ask) for name, ask in awaited.items()})
+    new_label, tokens_after, text_after = words["Label"], words["tokens_since"], words["text_since"]
 
-    async def fork(branches):
-        return await ask_fork(encode(branches) if type(branches) is list else branches)
+    class Label:
+        def __init__(self, *args):
+            self.mark, self.ptr = new_label(*args)
 
-    aici.fork = fork
+        def tokens_since(self):
+            return tokens_after(self.mark)
 
-    async def next_token(decider):
-        result = decider.mid_process()
-        decider.value = decider.curr_tokens = []
-        decider.finished = False
-        if result.skip_me:
-            return decider.value
-        backtrack, tokens, decider.finished = await ask_decide(encode(result.branches))
-        decider.value = decider.curr_tokens = tokens
-        if hasattr(decider, "post_process"):
-            decider.post_process(backtrack, tokens)
-        return decider.value
-
-    def awaited(thing):
-        return next_token(thing) if hasattr(thing, "mid_process") else thing
-
-    class NextToken:
-        def mid_process(self):
-            return MidProcessResult.bias(all_tokens())
-
-    class ConstrainedToken:
-        def __init__(self, mk_constraint):
-            self.mk_constraint = mk_constraint
-            self.its_constraint = None
-
-        def mid_process(self):
-            if self.its_constraint is None:
-                self.its_constraint = self.mk_constraint()
-            allowed = TokenSet()
-            self.its_constraint.allow_tokens(allowed)
-            if allowed.num_set() == 0:
-                print("Constraint doesn't allow any tokens; adding EOS")
-                allowed[aici.eos_token()] = True
-            return MidProcessResult.bias(allowed)
-
-        def post_process(self, backtrack, tokens):
-            for token in tokens:
-                self.its_constraint.append_token(token)
-            self.finished = self.finished or self.its_constraint.eos_forced()
-
-    aici.NextToken = NextToken
-    aici.ConstrainedToken = ConstrainedToken
-
-    # How a script begins and ends.
+        def text_since(self):
+            return text_after(self.mark)
 
     mains = []
 
-    def start(controller):
+    def start(controller, ending=""):
         kind = type(controller).__name__
         if kind != "coroutine" and kind != "function":
             raise TypeError(f"aici.start() takes an async function or its coroutine, not {kind}")
         if mains:
             raise RuntimeError("aici.start() can be called once only")
-        mains.append(controller)
-        mains.append("")
-
-    def test(controller):
-        start(controller)
-        mains[1] = "TEST OK"
+        mains.append((controller, ending))
 
     async def run():
         if not mains:
             return "not started"
-        main = mains[0]
+        main, ending = mains[0]
         if type(main).__name__ == "function":
             try:
                 main = main()
@@ -290,18 +62,20 @@ def _aici_make_words(host, every_byte):
         if type(main).__name__ != "coroutine":
             return "not async"
         await main
-        if mains[1]:
-            print(mains[1])
+        print(ending, end="")
 
+    for name, word in words.items():
+        setattr(aici, name, word)
+    aici.Label = Label
     aici.start = start
-    aici.test = test
+    aici.test = lambda controller: start(controller, "TEST OK\n")
     aici.server_native = aici
     pyaici = module()
     pyaici.server = aici
     aici_vllm = module()
     aici_vllm.aici = aici
-    return run, awaited, {"aici": aici, "pyaici": pyaici, "aici_vllm": aici_vllm}
+    return run, {"aici": aici, "pyaici": pyaici, "aici_vllm": aici_vllm}
 
 
-_aici_run, _aici_await, _aici_modules = _aici_make_words(_aici_host, _aici_bytes)
-_aici_modules  # noqa: B018  what the worker hands back
+_aici_run, _aici_modules = _aici_make_words(_aici_asked, _aici_awaited)
+_aici_asked = _aici_awaited = None

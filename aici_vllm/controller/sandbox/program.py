@@ -1,5 +1,6 @@
 """A script as its branch sees it: a dump between turns, a job of the pool during one."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,12 @@ from aici_vllm.controller.sandbox.host import Host, Pending
 
 if TYPE_CHECKING:
     from aici_vllm.controller.sandbox.pool import SandboxPool
+
+
+_DECIDES = re.compile(
+    "Constraint|ConstrainedToken|TokenSet|all_tokens|DynamicLexer|NextToken|mid_process|MidProcessResult|Splice|Branch"
+    "|getattr|eval|exec"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,13 @@ class SandboxProgram:
     def __init__(self, pool: "SandboxPool", source: str, branch: Branch):
         self._pool = pool
         self.source = source
+        self.decides = bool(_DECIDES.search(source))
+        """Whether the script may make constraints or decisions of its own."""
         self.host = Host(branch)
         self.suspended: Suspended | None = None
         self.result = Result(None, None)
         self.closed = False
+        self.awaits = 0
         self._turn: Turn | None = None
 
     @property
@@ -58,6 +68,7 @@ class SandboxProgram:
         copy = SandboxProgram(self._pool, self.source, branch)
         copy.host = self.host.fork(branch)
         copy.suspended = self.suspended
+        copy.awaits = self.awaits
         copy._turn = self._turn
         return copy
 

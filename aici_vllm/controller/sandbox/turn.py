@@ -45,12 +45,26 @@ class Prelude:
     """What the imports of a script get, by the name they import."""
 
 
-def make_prelude(session: MontySession) -> Prelude:
-    """Define the words in a fresh session, and keep a copy of it."""
-    text = Path(__file__).with_name("prelude.py").read_text()
-    host = {name: _host_function(name) for name in WORDS}
-    modules = session.feed_run(text, inputs={"_aici_host": host, "_aici_bytes": bytes(range(256))})
+def make_prelude(session: MontySession, decisions: bool) -> Prelude:
+    """Define the words in a fresh session, and keep a copy of it.
+
+    Args:
+        decisions: whether scripts get the words of `prelude_decisions.py` too.
+    """
+    inputs: dict[str, Any] = {
+        "_aici_asked": {name: _host_function(name) for name, word in WORDS.items() if not word.awaited},
+        "_aici_awaited": {name: _host_function(name) for name, word in WORDS.items() if word.awaited},
+    }
+    text = _text("prelude.py")
+    if decisions:
+        inputs["_aici_bytes"] = bytes(range(256))
+        text += _text("prelude_decisions.py")
+    modules = session.feed_run(text + "_aici_modules", inputs=inputs)
     return Prelude(session.dump(), modules)
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
 
 
 def _host_function(name: str) -> Callable[..., None]:
@@ -60,6 +74,10 @@ def _host_function(name: str) -> Callable[..., None]:
     # The dot keeps a script from calling it without the prelude.
     asked.__name__ = f"aici.{name}"
     return asked
+
+
+FUEL = 10
+"""Awaits that a script may make, per token of the model's context: an endless loop of awaits must end."""
 
 
 class Abandoned(Exception):
@@ -92,8 +110,10 @@ class TurnRun:
         suspended = self._program.suspended
         if suspended is None:
             self._session.load_session(self._prelude.dump)
-            source = wrap_awaits(self._program.source) + LAST_LINE
-            return self._session.feed_start(source, print_callback=self._print)
+            source = self._program.source
+            if self._program.decides:
+                source = wrap_awaits(source)
+            return self._session.feed_start(source + LAST_LINE, print_callback=self._print)
         snapshot = self._session.load_snapshot(suspended.dump, print_callback=self._print)
         assert isinstance(snapshot, FutureSnapshot)
         self._awaited = dict(suspended.awaited)
@@ -117,8 +137,13 @@ class TurnRun:
                     snapshot = self._word(snapshot)
 
     def _suspend(self, snapshot: FutureSnapshot) -> Turn:
+        program = self._program
+        program.awaits += 1
+        fuel = FUEL * program.host.branch.group.context
+        if program.awaits > fuel:
+            return Raised(f"out of fuel: a script may await {fuel} times, {FUEL} times the model's context")
         call_id = min(snapshot.pending_call_ids)
-        self._program.suspended = Suspended(snapshot.dump(), call_id, self._awaited)
+        program.suspended = Suspended(snapshot.dump(), call_id, self._awaited)
         return self._awaited[call_id].awaitable
 
     def _complete(self, output: Any) -> Turn:

@@ -29,8 +29,10 @@ class Worker:
 
     def __init__(self, limits: Limits):
         self._limits = limits
+        # The watch kills by CPU time; wall time, which a busy machine stretches, is only the last resort.
+        self._longest_turn = _patience(max(limits.init_seconds, limits.step_seconds * limits.late_steps))
         self._monty: Monty | None = None
-        self._prelude: Prelude | None = None
+        self._preludes: dict[bool, Prelude] = {}
         self._lock = threading.Lock()
         self._watch: Watch | None = None
         self.restarts = 0
@@ -38,15 +40,13 @@ class Worker:
 
     def run(self, program: SandboxProgram) -> Turn | None:
         """Run a turn; None when the program was closed meanwhile."""
-        if self._prelude is None:
-            with self._checkout() as session:
-                self._prelude = make_prelude(session)
+        prelude = self._prelude(program.decides)
         watch = None
         try:
             with self._checkout() as session:
                 watch = self._begin_watch(session, program)
                 try:
-                    return TurnRun(session, self._prelude, program, self._limits).run()
+                    return TurnRun(session, prelude, program, self._limits).run()
                 finally:
                     self._end_watch(watch)
         except Abandoned:
@@ -78,15 +78,20 @@ class Worker:
             self._monty.__exit__(None, None, None)
             self._monty = None
 
+    def _prelude(self, decisions: bool) -> Prelude:
+        if decisions not in self._preludes:
+            with self._checkout() as session:
+                self._preludes[decisions] = make_prelude(session, decisions)
+        return self._preludes[decisions]
+
     def _checkout(self) -> MontySession:
         if self._monty is None:
-            self._monty = Monty(min_processes=1, max_processes=1)
+            self._monty = Monty(min_processes=1, max_processes=1, request_timeout=self._longest_turn)
             self._monty.__enter__()
-        longest_turn = max(self._limits.init_seconds, self._limits.step_seconds * self._limits.late_steps)
         return self._monty.checkout(
             script_name="script.py",
             limits={
-                "max_turn_duration_secs": longest_turn,
+                "max_turn_duration_secs": self._longest_turn,
                 "max_memory": int(self._limits.memory),
                 "max_suspensions": MAX_SUSPENSIONS,
             },
@@ -113,6 +118,7 @@ class Watch:
 
     def __init__(self, program: SandboxProgram, pid: int, limits: Limits):
         self.program = program
+        program.host.seconds = 0.0
         self._started = time.monotonic()
         self.fault: str | None = None
         self._pid = pid
@@ -133,9 +139,8 @@ class Watch:
     def check(self) -> float:
         """Kill the process when it computed for too long, or hangs. Seconds since the turn began."""
         seconds = time.monotonic() - self._started
-        # A process that others keep from computing is not late, within reason.
-        hangs = seconds > 4 * self._limit + 1
-        if self.fault is None and (hangs or self.used() > self._limit):
+        hangs = seconds > _patience(self._limit)
+        if self.fault is None and (hangs or self.used() + self.program.host.seconds > self._limit):
             self.kill(self._message)
         return seconds
 
@@ -147,6 +152,11 @@ class Watch:
     def slow_down(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, self._pid, LOWEST_PRIORITY)
+
+
+def _patience(limit: float) -> float:
+    """Seconds in which a process that others keep from computing should have used its `limit`."""
+    return 4 * limit + 1
 
 
 def _cpu_seconds(pid: int) -> float | None:

@@ -1,0 +1,5 @@
+# error: NameError: name '__builtins__' is not defined
+import aici
+
+print(__builtins__)
+aici.start(None)

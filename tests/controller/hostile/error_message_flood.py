@@ -1,0 +1,5 @@
+# error: ValueError: x+
+import aici
+
+raise ValueError("x\n" * 1000000)
+aici.start(None)

@@ -1,0 +1,9 @@
+# error: arguments of one call|too many forks|may become
+import aici
+
+
+async def main():
+    await aici.fork(1000)
+
+
+aici.start(main)

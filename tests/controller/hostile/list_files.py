@@ -1,0 +1,7 @@
+# error: PermissionError
+import os
+
+import aici
+
+print(os.listdir("/"))
+aici.start(None)

@@ -1,0 +1,5 @@
+# error: .
+import aici
+
+print(locals())
+aici.start(None)

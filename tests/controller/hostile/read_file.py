@@ -1,0 +1,6 @@
+# error: PermissionError
+import aici
+
+print(open("/etc/passwd").read())
+aici.start(None)
+# ruff: noqa

@@ -1,0 +1,5 @@
+# error: .
+import aici
+
+_aici_run = 3
+aici.start(None)

@@ -1,0 +1,7 @@
+# error: AttributeError
+import os
+
+import aici
+
+os.system("true")
+aici.start(None)

@@ -1,0 +1,7 @@
+# error: ModuleNotFoundError
+import subprocess
+
+import aici
+
+aici.start(None)
+# ruff: noqa
