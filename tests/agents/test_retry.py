@@ -27,6 +27,7 @@ from aici_vllm.agents import (
     TemplateNotFound,
     UserMessage,
     airetry,
+    backpropagate,
     evaluate_condition,
     expand,
     is_valid,
@@ -122,13 +123,17 @@ def test_the_last_passing_sample_in_pre_order_is_chosen() -> None:
     ]
 
 
-def test_without_a_pass_the_best_by_score_and_ordering_is_chosen() -> None:
-    for ordering, expected in (("PostOrderDFS", "a1"), ("PreOrderDFS", "a1")):
-        call, nodes = grown()
-        call.config.ordering = ordering
-        _, node = evaluate_condition(lambda x: False, call)
-        # root 0/4, a 0/3: sqrt(2 ln4/3) = .96, a1 0/1: sqrt(2 ln3) = 1.48, b 0/1: sqrt(2 ln4) = 1.67
-        assert node is nodes["b"], expected
+@pytest.mark.parametrize(("ordering", "expected"), [("PostOrderDFS", "a1"), ("PreOrderDFS", "a")])
+def test_without_a_pass_the_best_by_score_and_ordering_is_chosen(ordering: str, expected: str) -> None:
+    call, nodes = grown()
+    call.config.ordering = ordering
+    # 0/4, 0/3, 0/1, 0/1, 0/1: b scores sqrt(2 ln 4) = 1.67, a1 and a2 sqrt(2 ln 3) = 1.48, a .96.
+    assert evaluate_condition(lambda x: False, call)[1] is nodes["b"]
+    # Without exploration all samples score 0 and the ordering decides; the root is put below them.
+    call, nodes = grown()
+    call.config.ordering, call.config.scoring = ordering, UCT(0.0)
+    nodes["root"].wins, nodes["root"].visits = -1, 1
+    assert evaluate_condition(lambda x: False, call)[1] is nodes[expected]
 
 
 def test_failed_samples_are_skipped_unless_active() -> None:
@@ -167,21 +172,21 @@ def test_feedback_functions_see_each_failing_sample_and_feedback_accumulates() -
 
 def test_expensive_feedback_goes_to_the_selected_sample_only_and_replaces_its_own() -> None:
     call, nodes = grown()
-    nodes["b"].feedback = "\nold"
+    # After the check: a 0/3 of 13 scores 1.31, b 0/10 of 13 scores .72, a1 and a2 0/1 of 3 score 1.48.
+    backpropagate(nodes["b"], 0, visits=9)
+    nodes["a1"].feedback, nodes["a2"].feedback = "\nold", "\nkept"
+    call.active_sample_id, call.conversation = nodes["a2"].id, nodes["a2"].data
     asked: list[tuple[str, int]] = []
 
     def ask(shown: AICall) -> str:
         asked.append((last_output(shown), shown.active_sample_id))
         return "new"
 
-    nodes["a2"].feedback = "\nkept"
-    call.active_sample_id, call.conversation = nodes["a2"].id, nodes["a2"].data
     passed, node = evaluate_condition(lambda x: False, call, ask, feedback_expensive=True)
     assert not passed
-    assert node is nodes["b"]
-    assert asked == [("b", nodes["b"].id)]
-    assert nodes["b"].feedback == "\nnew"
-    assert nodes["a2"].feedback == "\nkept"
+    assert node is nodes["a1"]
+    assert asked == [("a1", nodes["a1"].id)]
+    assert [nodes[name].feedback for name in ("a", "a1", "a2", "b")] == ["", "\nnew", "\nkept", ""]
     assert call.active_sample_id == nodes["a2"].id
 
 
