@@ -16,8 +16,8 @@ PREVIEW_CHARS = 80
 
 
 def preview(text: object) -> str:
-    """The first 80 characters of a prompt or a result."""
-    return str(text)[:PREVIEW_CHARS]
+    """The first 80 characters of a prompt or a result, with "?" for what UTF-8 cannot hold."""
+    return str(text)[:PREVIEW_CHARS].encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(eq=False)

@@ -257,11 +257,11 @@ class REPLEnvironment:
         }
         single, batched = self.llm_query_fn, self.llm_batch_fn
         if single:
-            tools["llm_query"] = _query_tool(single)
+            tools["llm_query"] = _query_tool(single, "llm_query")
         if batched:
             tools["llm_query_batched"] = tools["llm_batch"] = _batch_tool(batched, "llm_query_batched")
         if recursive := self.subcall_fn or single:
-            tools["rlm_query"] = _query_tool(recursive)
+            tools["rlm_query"] = _query_tool(recursive, "rlm_query")
         if recursive_batched := self.subcall_batch_fn or batched:
             tools["rlm_query_batched"] = _batch_tool(recursive_batched, "rlm_query_batched")
         return tools
@@ -368,12 +368,13 @@ class REPLEnvironment:
         return observation
 
 
-def _query_tool(function: Callable[..., Any]) -> Callable[..., Any]:
+def _query_tool(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     call = with_model(function)
 
     def query(prompt: Any, model: str | None = None, **extra: Any) -> Any:
         return call(prompt if isinstance(prompt, str) else str(prompt), model, **extra)
 
+    query.__qualname__ = name
     return _same_kind(query, function)
 
 
@@ -386,6 +387,7 @@ def _batch_tool(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         texts = [prompt if isinstance(prompt, str) else str(prompt) for prompt in prompts]
         return call(texts, model, **extra) if texts else []
 
+    query.__qualname__ = name
     return _same_kind(query, function)
 
 

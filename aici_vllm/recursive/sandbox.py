@@ -111,12 +111,23 @@ def _kill(pid: int) -> None:
         os.kill(pid, 9)
 
 
+def _valid(text: str) -> str:
+    """The text as a plain `str`, with "?" for halves of surrogate pairs, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _thrown(error: Exception) -> Exception:
+    """An error that can cross into the sandbox."""
+    text = str(error)
+    return error if _valid(text) == text else RuntimeError(_valid(text))
+
+
 def _plain(value: Any) -> Any:
     """A host result as plain data, which is all that can enter the sandbox."""
     if value is None or isinstance(value, bool | int | float | bytes):
         return value
     if isinstance(value, str):
-        return str(value)
+        return _valid(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -147,7 +158,9 @@ class Sandbox:
     ) -> None:
         self.limits = limits or SandboxLimits()
         self.tools = dict(tools)
-        self._variables = dict(variables)
+        self._variables = {
+            name: _valid(value) if isinstance(value, str) else value for name, value in variables.items()
+        }
         self._asynchronous = asynchronous
         self._seed = secrets.randbits(32) if seed is None else seed
         self._private: dict[str, Callable[..., Any]] = {
@@ -165,7 +178,7 @@ class Sandbox:
     async def _open(self) -> None:
         pool: Any = POOLS.asynchronous() if self._asynchronous else POOLS.sync()
         context = self._variables.get("context")
-        size = len(context.encode("utf-8", "surrogatepass")) if isinstance(context, str) else 0
+        size = len(context.encode()) if isinstance(context, str) else 0
         session = pool.checkout(
             script_name="repl.py",
             limits={
@@ -210,7 +223,8 @@ class Sandbox:
         """
         if self._session is None:
             await self._open()
-        output, record, started = _Output(self.limits.output_chars), _Recorded(code, []), time.monotonic()
+        code, started = _valid(code), time.monotonic()
+        output, record = _Output(self.limits.output_chars), _Recorded(code, [])
         outcome = BlockOutcome()
         try:
             await self._prepare()
@@ -275,7 +289,7 @@ class Sandbox:
         except DeadlineExceeded:
             raise
         except Exception as error:
-            result = {"exception": error}
+            result = {"exception": _thrown(error)}
         record.answers.append((name, result))
         return result
 

@@ -117,7 +117,7 @@ def hint_for(error: str) -> str | None:
 
 
 def _hint_for_missing_builtin(error: str) -> str | None:
-    """A hint where ordinary Python has the name, the method or the special method, and the sandbox has not."""
+    """A hint where ordinary Python has the name or the method, and the sandbox has not."""
     name = re.search(r"name '(\w+)' is not defined", error)
     if name and hasattr(builtins, name.group(1)):
         return f"The built-in `{name.group(1)}` is not available here. Write it with plain Python."

@@ -22,6 +22,7 @@ def test_a_node_is_running_done_or_failed():
     root = sample()
     assert root.state == "running" and root.seconds >= 0
     assert [child.state for child in root.children] == ["failed", "done"]
+    assert root.child("query", 0, "half \ud800").prompt == "half ?"
     assert root.children[0].prompt == "p" * 80 and root.children[1].result == "q" * 80
 
 

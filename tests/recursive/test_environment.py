@@ -244,6 +244,11 @@ def test_a_single_prompt_is_not_a_batch(env):
     assert observation.result.exception == "TypeError: llm_query_batched takes a list of prompts, not str"
 
 
+def test_wrong_arguments_name_the_function_that_the_model_called(env):
+    observation = step(env(llm_query_fn=str), "llm_query()")
+    assert "llm_query() missing 1 required positional argument: 'prompt'" in observation.result.exception
+
+
 def test_an_error_of_the_model_is_an_error_of_the_block(env):
     def broken(prompt):
         raise TypeError("one call only")

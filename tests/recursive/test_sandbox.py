@@ -92,6 +92,17 @@ def test_a_host_value_that_cannot_cross_is_an_error_of_the_block(session):
     assert repl.out("print('alive')") == "alive\n"
 
 
+def test_broken_unicode_cannot_break_the_session(session):
+    def broken():
+        raise ValueError("half \ud800")
+
+    repl = session({"ask": lambda: ["half \ud800"], "fail": broken}, {"context": "c\ud800"})
+    assert repl.out("print(ask()[0], context)") == "half ? c?\n"
+    assert repl.run("fail()").error == "RuntimeError: half ?"
+    assert repl.out("print('\ud800')") == "?\n"
+    assert repl.out("print(len(chr(233)))") == "1\n"
+
+
 def test_reassigned_host_functions_come_back_with_the_next_block(session):
     repl = session({"ask": lambda: "answer"})
     repl.out("ask = 1\nFINAL = 2\nSHOW_VARS = 3\nlen = 4\nstr = 5")
