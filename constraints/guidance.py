@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Hashable
 from itertools import count
@@ -22,6 +23,9 @@ SPECIAL = b"\xff"
 
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 """Without it llguidance narrows a mask to its own choice of a token where the bytes are forced."""
+
+OWN_LINES = re.compile(r"^ +\d+ \| (%llguidance.*)?\n?$", re.MULTILINE)
+"""Lines of an error that show what was added to the user's grammar."""
 
 NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias", "EndOfSentence")
 
@@ -132,13 +136,23 @@ class GuidanceConstraint(Constraint):
     def append_token(self, token: int) -> None:
         v = self.vocabulary
         if token not in v.eos_token_ids:
-            # A token that it refuses would leave the matcher in an error for ever.
+            # A token that it refuses would leave the matcher in an error for ever, so it is asked first.
             if not self.token_allowed(token) or not self._matcher.consume_token(token):
-                raise self._refusal(token)
+                raise self._failed_append(token)
             self._history.append((self._history[-1] * BASE + token + 1) % PRIME)
         else:
             self._history.append(self._history[-1])
         self._tokens.append(token)
+
+    def _failed_append(self, token: int) -> ConstraintError:
+        """The error for `token`; the matcher is as it was before it."""
+        message = first_line(self._matcher.get_error())
+        self._matcher = self._replayed()
+        return (
+            ConstraintError(f"the grammar became too complex here: {message}")
+            if message
+            else self._refusal(token)
+        )
 
     def forced_tokens(self) -> list[int]:
         if self._matcher.is_stopped() or self.eos_allowed():
@@ -195,5 +209,6 @@ def lark(vocabulary: Vocabulary, grammar: str) -> GuidanceConstraint:
     try:
         made = compiled.get(("lark", vocabulary.key, grammar), lambda: GuidanceGrammar(vocabulary, source))
     except ConstraintError as error:
-        raise ConstraintError(f"the Lark grammar does not compile: {error}") from None
+        shown = OWN_LINES.sub("", str(error)).strip()
+        raise ConstraintError(f"the Lark grammar does not compile: {shown}") from None
     return GuidanceConstraint(made)

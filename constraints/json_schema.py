@@ -20,6 +20,9 @@ REFUSED = frozenset(
 )
 """Keywords of some draft, or of OpenAPI, that change what is valid and that are not enforced."""
 
+EXCERPT = re.compile(r"^ +(\d+ \||\^ *$).*\n?", re.MULTILINE)
+"""Lines with which llguidance shows a place in the grammar that this file wrote."""
+
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SCHEMAS = ("items", "additionalProperties", "additionalItems")
@@ -90,7 +93,8 @@ def check(schema: Any) -> None:
 
 
 def _explained(message: str, schema: Any) -> str:
-    """llguidance's message, with the places of the keywords it names."""
+    """llguidance's message, with the places of the keywords that it names."""
+    message = EXCERPT.sub("", message.removeprefix("at 1(8): ")).strip()
     names = re.findall(r'"([^"]+)"', message) if message.startswith("Unimplemented") else []
     names += re.findall(r"Unknown format: (\S+)", message)
     places = [

@@ -152,7 +152,9 @@ def regex(vocabulary: Vocabulary, pattern: str) -> MachineConstraint[int]:
     """Text that `pattern` matches from its first character to its last.
 
     `\\d \\w \\s` are ASCII, `.` is any character but a newline, `^` and `$` at the ends are redundant. The
-    text is always UTF-8. Raises `ConstraintError` naming the place of what is wrong or not supported (look-around,
+    text is always UTF-8.
+
+    Raises `ConstraintError` naming the place of what is wrong or not supported (look-around,
     back references, assertions), and for a pattern that is too large.
     """
     if not isinstance(pattern, str):

@@ -145,7 +145,7 @@ def split_tail(text: bytes) -> tuple[str | None, bytes]:
 
 
 def characters_with_prefix(prefix: bytes) -> list[Interval]:
-    """The code points, surrogates left out, whose UTF-8 begins with `prefix`, the bytes of a cut-off character."""
+    """The code points, without surrogates, whose UTF-8 begins with `prefix`, the start of one character."""
     lead = prefix[0]
     length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
     bits = lead & (0x7F >> length)

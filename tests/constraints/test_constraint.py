@@ -17,7 +17,10 @@ def test_any_text_allows_all_text_and_the_end(kind: type[Constraint]):
     constraint = kind(VOCABULARY)
     texts = {i for i in range(VOCABULARY.size) if VOCABULARY.token_bytes(i)}
     for token in (3, 5, 4):
-        assert set(TokenSet(VOCABULARY.size, row=constraint.mask_row()).ids().tolist()) == texts | {EOS, EOS_TOO}
+        assert set(TokenSet(VOCABULARY.size, row=constraint.mask_row()).ids().tolist()) == texts | {
+            EOS,
+            EOS_TOO,
+        }
         assert constraint.eos_allowed() and not constraint.eos_forced()
         assert constraint.forced_tokens() == []
         constraint.append_token(token)

@@ -11,32 +11,54 @@ from constraints.forced import canonical_run
 
 PERSON = {
     "type": "object",
-    "properties": {"first_name": {"type": "string"}, "age": {"type": "integer"}, "email_addresses": {"type": "array"}},
+    "properties": {
+        "first_name": {"type": "string"},
+        "age": {"type": "integer"},
+        "email_addresses": {"type": "array"},
+    },
     "required": ["first_name", "age", "email_addresses"],
     "additionalProperties": False,
 }
 CASES = [
-    (lambda v: regex(v, r'\{"name": "[a-z ]+", "age": \d{1,3}\}'), ['{"name": "bob", "age": 7}', '{"name": "a b", "age": 123}']),
-    (lambda v: regex(v, r"<answer>(yes|no|none)</answer>\n?"), ["<answer>yes</answer>", "<answer>none</answer>\n"]),
+    (
+        lambda v: regex(v, r'\{"name": "[a-z ]+", "age": \d{1,3}\}'),
+        ['{"name": "bob", "age": 7}', '{"name": "a b", "age": 123}'],
+    ),
+    (
+        lambda v: regex(v, r"<answer>(yes|no|none)</answer>\n?"),
+        ["<answer>yes</answer>", "<answer>none</answer>\n"],
+    ),
     (lambda v: regex(v, r"foo(bar|baz)?s{2,9}"), ["foobarss", "foobazsss", "foossssss"]),
     (lambda v: regex(v, r" {4}return \w+"), ["    return x", "    return value_1"]),
     (lambda v: regex(v, r"\n\n {2}(\n| x)"), ["\n\n  \n", "\n\n   x"]),
     (lambda v: regex(v, r"1234(5678)?\.0"), ["1234.0", "12345678.0"]),
     (lambda v: regex(v, r"(日本語|日本酒)です"), ["日本語です", "日本酒です"]),
     (lambda v: regex(v, r"don('t|ate)"), ["don't", "donate"]),
-    (lambda v: options(v, ["The quick brown fox", "The quick red fox", "A"]), ["The quick brown fox", "The quick red fox", "A"]),
-    (lambda v: substring(v, "It was the best of times, it was the worst of times"), ['best of times,"', 'worst of times"']),
-    (lambda v: json_schema(v, PERSON), [json.dumps({"first_name": "Åsa", "age": 3, "email_addresses": []}, ensure_ascii=False)]),
+    (
+        lambda v: options(v, ["The quick brown fox", "The quick red fox", "A"]),
+        ["The quick brown fox", "The quick red fox", "A"],
+    ),
+    (
+        lambda v: substring(v, "It was the best of times, it was the worst of times"),
+        ['best of times,"', 'worst of times"'],
+    ),
+    (
+        lambda v: json_schema(v, PERSON),
+        [json.dumps({"first_name": "Åsa", "age": 3, "email_addresses": []}, ensure_ascii=False)],
+    ),
     (
         lambda v: json_schema(v, PERSON, compact=True),
         [json.dumps({"first_name": "a", "age": 31, "email_addresses": [1]}, separators=(",", ":"))],
     ),
-    (lambda v: yacc(v, '%% S: "begin" " " ID ":=" "0" ";" "end" ; ID: "/[a-z]+/" ;'), ["begin x:=0;end", "begin abc:=0;end"]),
-]  # fmt: skip
+    (
+        lambda v: yacc(v, '%% S: "begin" " " ID ":=" "0" ";" "end" ; ID: "/[a-z]+/" ;'),
+        ["begin x:=0;end", "begin abc:=0;end"],
+    ),
+]
 
 
 def follow(constraint: Constraint, vocabulary: Vocabulary, text: str) -> int:
-    """Walk along the model's tokens of `text`; every forced run must lie on them. How many tokens were forced."""
+    """Walk along the model's tokens of `text`; each forced run must lie on them. Counts forced ones."""
     ids = vocabulary.tokenize(text)
     place = forced = 0
     while place < len(ids):
@@ -52,7 +74,9 @@ def follow(constraint: Constraint, vocabulary: Vocabulary, text: str) -> int:
 
 @pytest.mark.parametrize("name", ["smol", "tekken"])
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_forced_runs_lie_on_the_tokens_of_every_continuation(name: str, case: int, request: pytest.FixtureRequest):
+def test_forced_runs_lie_on_the_tokens_of_every_continuation(
+    name: str, case: int, request: pytest.FixtureRequest
+):
     vocabulary = request.getfixturevalue(name)
     make, texts = CASES[case]
     for text in texts:

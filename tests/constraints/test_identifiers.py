@@ -14,9 +14,28 @@ from tests.constraints.regex_oracle import split_tail
 from tests.constraints.walks import small_vocabulary, walk
 
 VOCABULARY = small_vocabulary(
-    "foo", "fo", "o", "foo.", ".foo", "bar(", "foo(bar)", "foobar", "x1", " foo ", "é", "fooé", b"\xc3", b"\xa9", "12",
-    "1foo", "foo1", b"\xff", b"\xe0\x80", "日", single="fobarx1 .(-$_\n",
-)  # fmt: skip
+    "foo",
+    "fo",
+    "o",
+    "foo.",
+    ".foo",
+    "bar(",
+    "foo(bar)",
+    "foobar",
+    "x1",
+    " foo ",
+    "é",
+    "fooé",
+    b"\xc3",
+    b"\xa9",
+    "12",
+    "1foo",
+    "foo1",
+    b"\xff",
+    b"\xe0\x80",
+    "日",
+    single="fobarx1 .(-$_\n",
+)
 NAMES = ["foo", "f", "food", "bar", "x1", "_", "oo", "b_1"]
 
 

@@ -50,7 +50,9 @@ def test_it_takes_over_in_mid_sequence_and_no_mask_changes(tmp_path: Path, smol:
             builder.wait()
             assert one.machine.index is not None and two.machine.index is None, builder.failures
         assert (one.mask_row() == two.mask_row()).all()
-        onward = [t for t in TokenSet(smol.size, row=one.mask_row()).ids().tolist() if t not in smol.eos_token_ids]
+        onward = [
+            t for t in TokenSet(smol.size, row=one.mask_row()).ids().tolist() if t not in smol.eos_token_ids
+        ]
         if not onward:
             break
         token = random.choice(onward)
@@ -93,7 +95,10 @@ def test_a_broken_file_is_no_index(tmp_path: Path, content: bytes):
 
 
 def test_states_have_the_same_names_in_another_order_of_discovery():
-    one, two = RegexMachine(VOCABULARY, "(a|é){2,5}b|c+").automaton, RegexMachine(VOCABULARY, "(a|é){2,5}b|c+").automaton
+    one, two = (
+        RegexMachine(VOCABULARY, "(a|é){2,5}b|c+").automaton,
+        RegexMachine(VOCABULARY, "(a|é){2,5}b|c+").automaton,
+    )
     for text in (b"a", b"aa", b"\xc3", b"c", b"a\xc3\xa9a"):
         one.step(one.start, text)
     for text in (b"c", b"a\xc3\xa9a", b"\xc3", b"aa", b"a"):

@@ -1,9 +1,9 @@
-"""llguidance, the token tree, outlines-core and xgrammar on real vocabularies: the same masks where they agree.
+"""llguidance, the token tree, outlines-core and xgrammar on real vocabularies give the same masks.
 
 Known disagreements, each with a test below:
-- outlines-core loses every token that leads from a state where the text may end to one where it may not: after
-  the first `1`, `1+(\\.1+)?` no longer allows `.`. So it is compared in states where the text may not end.
-- llguidance narrows a mask to one token where bytes are forced, unless a grammar says `no_forcing`; we say it.
+- outlines-core loses every token that leads from a state where the text may end to one where it may not:
+  after the first `1`, `1+(\.1+)?` no longer allows `.`. So it is compared where the text may not end.
+- outlines-core loses every token that leads from where the text may end to where it may not:
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ from constraints import TokenSet, Vocabulary, guidance, regex, regex_syntax
 from constraints.regex import RegexConstraint
 
 PATTERNS = [
-    r"[a-z]+!", r"\d{4}-\d{2}-\d{2}", r"(yes|no|maybe), (sir|madam)", r'"[^"\n]*"', r"[\w.+-]+@[\w-]+\.[a-z]{2,4}",
-    r"(a+)+b", r"<b>.{1,20}</b>", r"[A-Z][a-z]+( [A-Z][a-z]+){1,3}\.", r"日本.*!", r"[é-ü]{2,6}x", r"(\d+,)*\d+;",
-]  # fmt: skip
+    r"[a-z]+!",
+    r"\d{4}-\d{2}-\d{2}",
+    r"(yes|no|maybe), (sir|madam)",
+    r'"[^"\n]*"',
+    r"[\w.+-]+@[\w-]+\.[a-z]{2,4}",
+    r"(a+)+b",
+    r"<b>.{1,20}</b>",
+    r"[A-Z][a-z]+( [A-Z][a-z]+){1,3}\.",
+    r"日本.*!",
+    r"[é-ü]{2,6}x",
+    r"(\d+,)*\d+;",
+]
 
 
 def ids_of(row: np.ndarray, vocabulary: Vocabulary) -> set[int]:
@@ -68,7 +77,9 @@ def test_outlines_core_agrees_where_the_text_may_not_end(pattern: str, smol: Voc
 
 def test_outlines_core_loses_tokens_after_a_state_where_the_text_may_end():
     vocabulary = Vocabulary([b"", b"1", b".", b".1"], specials={0: b"</s>"}, eos_token_ids=[0])
-    index = outlines_core.Index(r"1+(?:\.1+)?", outlines_core.Vocabulary(0, {b"1": [1], b".": [2], b".1": [3]}))
+    index = outlines_core.Index(
+        r"1+(?:\.1+)?", outlines_core.Vocabulary(0, {b"1": [1], b".": [2], b".1": [3]})
+    )
     theirs = set(index.get_allowed_tokens(index.get_next_state(index.get_initial_state(), 1)))
     ours = regex(vocabulary, r"1+(?:\.1+)?")
     ours.append_token(1)
@@ -79,7 +90,9 @@ def test_outlines_core_loses_tokens_after_a_state_where_the_text_may_end():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_xgrammar_agrees(pattern: str, smol: Vocabulary):
     encoded = [smol.token_bytes(i) for i in range(smol.size)]
-    info = xgrammar.TokenizerInfo(encoded, xgrammar.VocabType.RAW, vocab_size=smol.size, stop_token_ids=[*smol.eos_token_ids])
+    info = xgrammar.TokenizerInfo(
+        encoded, xgrammar.VocabType.RAW, vocab_size=smol.size, stop_token_ids=[*smol.eos_token_ids]
+    )
     compiled = xgrammar.GrammarCompiler(info, max_threads=1).compile_regex(explicit_for_xgrammar(pattern))
     special = smol.text_tokens
     for constraint, tokens in steps(smol, pattern, seed=3, count=8):

@@ -19,9 +19,13 @@ def test_operations_are_those_of_sets(size: int, data: st.DataObject):
     a, b = data.draw(ids), data.draw(ids)
     left, right = TokenSet.of(a, size), TokenSet.of(b, size)
     for got, wanted in [
-        (left | right, a | b), (left & right, a & b), (left ^ right, a ^ b), (left - right, a - b),
-        (~left, set(range(size)) - a), (left.copy(), a),
-    ]:  # fmt: skip
+        (left | right, a | b),
+        (left & right, a & b),
+        (left ^ right, a ^ b),
+        (left - right, a - b),
+        (~left, set(range(size)) - a),
+        (left.copy(), a),
+    ]:
         assert set(got.ids().tolist()) == wanted
         assert got.num_set() == len(wanted)
         assert got == TokenSet.of(wanted, size)

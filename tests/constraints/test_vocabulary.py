@@ -93,7 +93,9 @@ def test_real_tokenizers_spell_text_exactly(name: str, request: pytest.FixtureRe
     assert len(set(v.ids_by_bytes)) == v.text_tokens.num_set()
 
 
-def test_the_bytes_of_the_embedded_model_are_what_its_tokenizer_decodes(smol: Vocabulary, embedded_tokenizer_file: Path):
+def test_the_bytes_of_the_embedded_model_are_what_its_tokenizer_decodes(
+    smol: Vocabulary, embedded_tokenizer_file: Path
+):
     tokenizer = Tokenizer.from_file(str(embedded_tokenizer_file))
     for token in range(0, smol.size, 7):
         if smol.token_bytes(token):
@@ -147,7 +149,9 @@ def test_saved_and_loaded(tmp_path: Path):
 
 
 def test_representations():
-    v = Vocabulary([b"", b"", b'a"', b"\xff", "é".encode()], specials={0: b"</s>", 1: b"<s>"}, eos_token_ids=[0])
+    v = Vocabulary(
+        [b"", b"", b'a"', b"\xff", "é".encode()], specials={0: b"</s>", 1: b"<s>"}, eos_token_ids=[0]
+    )
     assert [v.token_repr(i) for i in range(6)] == ["EOS", "EMPTY[1]", '"a\\""', "HEX[ff]", '"é"', "OOB[5]"]
     assert v.tokens_repr([2, 4, 0, 9]) == '"a\\"‧é‧≺EOS≻‧≺OOB[9]≻"'
     assert json.loads(v.token_repr(2)) == 'a"'
@@ -158,7 +162,7 @@ def test_without_an_end_token():
     assert v.eos_token_ids == () and not v.eos_row.any()
     with pytest.raises(ConstraintError, match="eos_token_ids"):
         _ = v.eos_token_id
-    with pytest.raises(ConstraintError, match="not in 0..0"):
+    with pytest.raises(ConstraintError, match=r"not in 0\.\.0"):
         Vocabulary([b"a"], eos_token_ids=[1])
     with pytest.raises(ConstraintError, match="no token of the vocabulary"):
         v.tokenize("b")

@@ -13,9 +13,36 @@ from tests.constraints.grammar_oracle import GrammarOracle, Rules, as_yacc
 from tests.constraints.walks import small_vocabulary, walk
 
 VOCABULARY = small_vocabulary(
-    "if", "if ", "ab", "a+b", "+(", "((", "))", ") ", "1.5", ".5", "12", "a1", "a=1;", "; ", "else", " \n", "é", '"a"',
-    '",', "[a", "a,b", ",", "fif", b"\xc3", b"\xa9", "//", "/*", "*/", single='abifelse+*()12.;= ,"[]é\n/',
-)  # fmt: skip
+    "if",
+    "if ",
+    "ab",
+    "a+b",
+    "+(",
+    "((",
+    "))",
+    ") ",
+    "1.5",
+    ".5",
+    "12",
+    "a1",
+    "a=1;",
+    "; ",
+    "else",
+    " \n",
+    "é",
+    '"a"',
+    '",',
+    "[a",
+    "a,b",
+    ",",
+    "fif",
+    b"\xc3",
+    b"\xa9",
+    "//",
+    "/*",
+    "*/",
+    single='abifelse+*()12.;= ,"[]é\n/',
+)
 
 SUM: Rules = {
     "E": [["E", "'+'", "T"], ["T"]],

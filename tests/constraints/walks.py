@@ -8,7 +8,7 @@ from random import Random
 from constraints import Constraint, TokenSet, Vocabulary
 
 EOS, EOS_TOO, SPECIAL = 0, 1, 2
-"""Ids in the vocabularies of `small_vocabulary`: two ends and another special token. The last two ids are padding."""
+"""Ids in the vocabularies of `small_vocabulary`: two ends and another special token."""
 
 
 def small_vocabulary(*pieces: str | bytes, single: str | bytes = b"") -> Vocabulary:
