@@ -96,7 +96,7 @@ SANDBOX_RUNS = [
     "match [1, 2]:\n    case [a, *b] if a: pass\n    case _: pass",
     "with_ = [x for x in [1, 2] if x]; {k: v for k, v in zip([1], [2])}",
     "x = (y := 3); f'{x!r:>5}'; lambda a, *b, c=1, **d: a",
-    "try:\n    1 / 0\nexcept (ZeroDivisionError, ValueError) as e:\n    pass\nelse:\n    pass\nfinally:\n    pass",
+    "try:\n    1 / 0\nexcept (KeyError, ArithmeticError) as e:\n    pass\nelse:\n    pass\nfinally: pass",
     "async def f(): return [await g() for _ in []]",
     "a, (b, *c) = 1, (2, 3); x = y = 0; x += 1; global_ = 1",
 ]

@@ -21,6 +21,7 @@ from aici_vllm.controller.sandbox.awaited_objects import wrap_awaits
 from aici_vllm.controller.sandbox.faults import sandbox_exception, script_fault
 from aici_vllm.controller.sandbox.host import WORDS, Pending
 from aici_vllm.controller.sandbox.program import Result, SandboxProgram, Suspended
+from aici_vllm.controller.sandbox.watch import Watch
 
 Snapshot = FunctionSnapshot | FutureSnapshot | NameLookupSnapshot | MontyComplete
 
@@ -87,11 +88,14 @@ class Abandoned(Exception):
 class TurnRun:
     """A turn of `program` in `session`, which must be fresh."""
 
-    def __init__(self, session: MontySession, prelude: Prelude, program: SandboxProgram, limits: Limits):
+    def __init__(
+        self, session: MontySession, prelude: Prelude, program: SandboxProgram, limits: Limits, watch: Watch
+    ):
         self._session = session
         self._prelude = prelude
         self._program = program
         self._limits = limits
+        self._watch = watch
         self._awaited: dict[int, Pending] = {}
 
     def run(self) -> Turn:
@@ -110,6 +114,7 @@ class TurnRun:
         suspended = self._program.suspended
         if suspended is None:
             self._session.load_session(self._prelude.dump)
+            self._watch.begin_script()
             source = self._program.source
             if self._program.decides:
                 source = wrap_awaits(source)
@@ -118,6 +123,7 @@ class TurnRun:
         assert isinstance(snapshot, FutureSnapshot)
         self._awaited = dict(suspended.awaited)
         pending = self._awaited.pop(suspended.call_id)
+        self._watch.begin_script()
         return snapshot.resume({suspended.call_id: _settled(self._program.result, pending)})
 
     def _drive(self, snapshot: Snapshot) -> Turn:
@@ -137,6 +143,7 @@ class TurnRun:
                     snapshot = self._word(snapshot)
 
     def _suspend(self, snapshot: FutureSnapshot) -> Turn:
+        self._watch.end_script()
         program = self._program
         program.awaits += 1
         fuel = FUEL * program.host.branch.group.context

@@ -1,27 +1,23 @@
-"""One sandbox process, and the watch over the turn that runs in it."""
+"""One sandbox process, which runs one turn at a time."""
 
-import contextlib
-import os
-import signal
 import threading
-import time
 
 from pydantic_monty import Monty, MontyCrashedError, MontySession
 
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Raised, Turn
-from aici_vllm.controller.sandbox.faults import time_limit
 from aici_vllm.controller.sandbox.program import SandboxProgram
 from aici_vllm.controller.sandbox.turn import Abandoned, Prelude, TurnRun, make_prelude
+from aici_vllm.controller.sandbox.watch import Watch, patience
 
 WORKER_DIED = (
     "the sandbox process died while it ran this script; nothing else was lost: send the request again"
 )
 
+LOST = Raised("no sandbox process could be started: the machine may be out of memory or processes")
+
 MAX_SUSPENSIONS = 1_000_000
 """Words that one turn may use; its time ends long before."""
-
-LOWEST_PRIORITY = 19
 
 
 class Worker:
@@ -30,7 +26,7 @@ class Worker:
     def __init__(self, limits: Limits):
         self._limits = limits
         # The watch kills by CPU time; wall time, which a busy machine stretches, is only the last resort.
-        self._longest_turn = _patience(max(limits.init_seconds, limits.step_seconds * limits.late_steps))
+        self._longest_turn = patience(max(limits.init_seconds, limits.step_seconds * limits.late_steps))
         self._monty: Monty | None = None
         self._preludes: dict[bool, Prelude] = {}
         self._lock = threading.Lock()
@@ -40,20 +36,25 @@ class Worker:
 
     def run(self, program: SandboxProgram) -> Turn | None:
         """Run a turn; None when the program was closed meanwhile."""
-        prelude = self._prelude(program.decides)
-        watch = None
+        turn = self._try(program)
+        # A process that died before the script ran in it has cost nothing yet.
+        return self._try(program) if turn == LOST else turn
+
+    def _try(self, program: SandboxProgram) -> Turn | None:
+        watch = Watch(program, self._limits)
         try:
+            prelude = self._prelude(program.decides)
             with self._checkout() as session:
-                watch = self._begin_watch(session, program)
+                self._begin_watch(session, watch)
                 try:
-                    return TurnRun(session, prelude, program, self._limits).run()
+                    return TurnRun(session, prelude, program, self._limits, watch).run()
                 finally:
                     self._end_watch(watch)
         except Abandoned:
             return None
         except MontyCrashedError:
             self.restarts += 1
-            return Raised(watch.fault if watch and watch.fault else WORKER_DIED)
+            return Raised(watch.fault) if watch.fault else Raised(WORKER_DIED) if watch.began else LOST
 
     def check(self) -> float:
         """Kill the process if its turn broke a time limit. Seconds that the turn has run, 0 if none runs."""
@@ -98,71 +99,15 @@ class Worker:
             os_policy={"datetime": "call_host", "sleep": "zero", "random_start": {"seed": 0}},
         )
 
-    def _begin_watch(self, session: MontySession, program: SandboxProgram) -> "Watch":
+    def _begin_watch(self, session: MontySession, watch: Watch) -> None:
         assert session.worker_pid is not None
-        watch = Watch(program, session.worker_pid, self._limits)
+        watch.begin(session.worker_pid)
         with self._lock:
             self._watch = watch
-        if program.closed:
+        if watch.program.closed:
             raise Abandoned
-        return watch
 
-    def _end_watch(self, watch: "Watch") -> None:
+    def _end_watch(self, watch: Watch) -> None:
         with self._lock:
             self._watch = None
-        self.script_seconds += watch.used()
-
-
-class Watch:
-    """How long a turn has run, and what to do about it. Its owner serializes all calls."""
-
-    def __init__(self, program: SandboxProgram, pid: int, limits: Limits):
-        self.program = program
-        program.host.seconds = 0.0
-        self._started = time.monotonic()
-        self.fault: str | None = None
-        self._pid = pid
-        self._cpu_started = _cpu_seconds(pid)
-        self._used = 0.0
-        self._message = f"TimeoutError: {time_limit(limits, program.started)}"
-        self._limit = limits.step_seconds * limits.late_steps if program.started else limits.init_seconds
-
-    def used(self) -> float:
-        """Seconds that the process has computed for this turn, as far as it lived."""
-        cpu = _cpu_seconds(self._pid)
-        if self._cpu_started is None:
-            self._used = time.monotonic() - self._started
-        elif cpu is not None:
-            self._used = cpu - self._cpu_started
-        return self._used
-
-    def check(self) -> float:
-        """Kill the process when it computed for too long, or hangs. Seconds since the turn began."""
-        seconds = time.monotonic() - self._started
-        hangs = seconds > _patience(self._limit)
-        if self.fault is None and (hangs or self.used() + self.program.host.seconds > self._limit):
-            self.kill(self._message)
-        return seconds
-
-    def kill(self, fault: str) -> None:
-        self.fault = fault
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-
-    def slow_down(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, self._pid, LOWEST_PRIORITY)
-
-
-def _patience(limit: float) -> float:
-    """Seconds in which a process that others keep from computing should have used its `limit`."""
-    return 4 * limit + 1
-
-
-def _cpu_seconds(pid: int) -> float | None:
-    """CPU time of a process; None where the system does not tell."""
-    try:
-        # The clock id of another process, as Linux's clock_getcpuclockid makes it.
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return None
+        self.script_seconds += watch.total()

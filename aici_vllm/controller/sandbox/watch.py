@@ -1,0 +1,85 @@
+"""How long a turn computes, and the end of one that computes for too long."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+from aici_vllm.controller.limits import Limits
+from aici_vllm.controller.sandbox.faults import time_limit
+from aici_vllm.controller.sandbox.program import SandboxProgram
+
+LOWEST_PRIORITY = 19
+
+
+class Watch:
+    """The clock of one turn. Loading a script and keeping a copy of it are no part of its time."""
+
+    def __init__(self, program: SandboxProgram, limits: Limits):
+        self.program = program
+        self.fault: str | None = None
+        """Why the turn's process was killed, if it was."""
+        self.began = False
+        """Whether the script has run: from then on a turn cannot be repeated."""
+        self._message = f"TimeoutError: {time_limit(limits, program.started)}"
+        self._limit = limits.step_seconds * limits.late_steps if program.started else limits.init_seconds
+        self._pid = 0
+        self._started = self._script_started = self._first = self._last = 0.0
+        self._script_runs = False
+
+    def begin(self, pid: int) -> None:
+        """The turn has got a process."""
+        self._pid = pid
+        self._started = time.monotonic()
+        self._first = self._seconds()
+        self.program.host.seconds = 0.0
+
+    def begin_script(self) -> None:
+        """The script goes on."""
+        self._script_started = self._seconds()
+        self.began = self._script_runs = True
+
+    def end_script(self) -> None:
+        """The script has stopped at an await."""
+        self._script_runs = False
+
+    def total(self) -> float:
+        """CPU seconds of the turn, as far as its process lived."""
+        return self._seconds() - self._first
+
+    def check(self) -> float:
+        """Kill the process when the script computed for too long, or hangs. Seconds since the turn began."""
+        seconds = time.monotonic() - self._started
+        computed = self._seconds() - self._script_started + self.program.host.seconds
+        if seconds > patience(self._limit) or (self._script_runs and computed > self._limit):
+            self.kill(self._message)
+        return seconds
+
+    def kill(self, fault: str) -> None:
+        """End the process. The first reason stands."""
+        if self.fault is None:
+            self.fault = fault
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+
+    def slow_down(self) -> None:
+        """Let everybody else compute first."""
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, self._pid, LOWEST_PRIORITY)
+
+    def _seconds(self) -> float:
+        """CPU time of the process, or its last known one."""
+        try:
+            # The clock id of another process, as Linux's clock_getcpuclockid makes it.
+            self._last = time.clock_gettime((~self._pid << 3) | 2)
+        except OSError:
+            # The process is gone, or the system has no such clock: then wall time has to do.
+            if sys.platform != "linux":
+                self._last = time.monotonic()
+        return self._last
+
+
+def patience(limit: float) -> float:
+    """Seconds in which a process that others keep from computing should have used its `limit`."""
+    return 4 * limit + 1
