@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 _HEAD = re.compile(r"FINAL(?:_VAR)?\(")
+_MAX_CANDIDATES = 50
+_MAX_LINES = 2000
+"""How many beginnings of markers are looked at in one output, and how many lines of each: hostile output may
+hold any number of both."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +22,16 @@ class Marker:
     start: int = 0
 
 
-def _closing(text: str, opening: int) -> int | None:
-    """Index of the parenthesis that closes the one at `opening`, or None."""
-    depth = 0
-    for index in range(opening, len(text)):
-        if text[index] == "(":
-            depth += 1
-        elif text[index] == ")":
-            depth -= 1
-            if not depth:
-                return index
-    return None
+def _pairs(text: str) -> dict[int, int]:
+    """Index of the closing parenthesis for every opening one that has one."""
+    pairs: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"[()]", text):
+        if match.group() == "(":
+            opened.append(match.start())
+        elif opened:
+            pairs[opened.pop()] = match.start()
+    return pairs
 
 
 def _marker(head: str, body: str, start: int) -> Marker:
@@ -41,10 +44,11 @@ def _whole_lines(text: str) -> list[tuple[str, str]]:
     """(first line, marker) of every marker that fills whole lines of `text`, in order."""
     found: list[tuple[str, str]] = []
     lines = text.split("\n")
-    index = 0
-    while index < len(lines):
+    index = candidates = 0
+    while index < len(lines) and candidates < _MAX_CANDIDATES:
         line = lines[index].strip()
         if _HEAD.match(line):
+            candidates += 1
             taken = _lines_of_marker(lines, index)
             if taken:
                 found.append((line, "\n".join([line, *lines[index + 1 : index + taken]]).strip()))
@@ -58,13 +62,13 @@ def _lines_of_marker(lines: list[str], index: int) -> int:
     """How many lines the marker that opens line `index` fills, or 0 when it fills none exactly."""
     text = lines[index].strip()
     opening = text.index("(")
-    closing = _closing(text, opening)
+    closing = _pairs(text).get(opening)
     if closing is not None:
         return 1 if not text[closing + 1 :].strip(") ") else 0
     if text.endswith(")"):
         return 1
     depth = text.count("(") - text.count(")")
-    for offset, line in enumerate(lines[index + 1 :], start=1):
+    for offset, line in enumerate(lines[index + 1 : index + _MAX_LINES], start=1):
         depth += line.count("(") - line.count(")")
         if depth <= 0:
             return offset + 1 if depth == 0 and line.rstrip().endswith(")") else 0
@@ -107,8 +111,9 @@ def find_marker(text: str, guard: ContextGuard) -> Marker | None:
 
 def find_in_reply(text: str) -> Marker | None:
     """The first marker anywhere in a model's last-chance reply, with balanced parentheses."""
+    pairs = _pairs(text)
     for head in _HEAD.finditer(text):
-        closing = _closing(text, head.end() - 1)
+        closing = pairs.get(head.end() - 1)
         if closing is not None:
             return _marker(head.group(), text[head.end() : closing].strip(), head.start())
     return None

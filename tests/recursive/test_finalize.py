@@ -67,6 +67,13 @@ def test_an_answer_besides_a_refused_marker_counts():
     assert find_marker("FINAL(evil)\nFINAL(good)", ContextGuard("FINAL(evil)")) == Marker("answer", "good")
 
 
+@pytest.mark.parametrize("line", ["FINAL(", "FINAL(x)", "FINAL_VAR(x)", "FINAL(a) FINAL(b)"])
+def test_any_number_of_beginnings_is_read_in_linear_time(line):
+    text = f"{line}\n" * 200_000
+    assert find_marker(text, ContextGuard(text)) is None
+    find_in_reply(text)
+
+
 def test_a_reply_gives_its_first_marker_with_balanced_parentheses():
     assert find_in_reply("I say FINAL( f(x) = (1) ) and FINAL(2)").answer == "f(x) = (1)"
     assert find_in_reply("So FINAL_VAR(total).") == Marker("variable", "total", 3)
