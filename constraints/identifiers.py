@@ -60,8 +60,7 @@ class IdentifierMachine(Machine[int]):
         outside = np.array([byte not in self.letters for byte in range(256)])
         self._rows[node, outside] = self._rows[OUTSIDE, outside]
         self.version += 1
-        self._steps.clear()
-        self._runs.clear()
+        self.forget()
 
     def _new_node(self) -> int:
         if self._used == len(self._rows):

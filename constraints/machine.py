@@ -17,8 +17,10 @@ from constraints.vocabulary import Vocabulary
 
 State = TypeVar("State", bound=Hashable)
 
-MAX_STEPS = 200_000
-"""Remembered (state, token) pairs of one machine."""
+MAX_STEPS = 20_000
+"""Remembered (state, token) pairs, next bytes and forced runs of one machine, each."""
+MAX_STATES = 100_000
+"""States of one machine, after which the next sequence starts on a fresh one."""
 MAX_RUN = 4096
 """Bytes of one forced run."""
 MAX_MACHINES = 256
@@ -36,6 +38,7 @@ class Machine(ABC, Generic[State]):
         self.vocabulary = vocabulary
         self.number = next(_numbers)
         self._steps: dict[tuple[State, int], State | None] = {}
+        self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}
 
     @property
@@ -77,15 +80,34 @@ class Machine(ABC, Generic[State]):
         self._steps[key] = found
         return found
 
+    def following(self, state: State) -> bytes:
+        """As `next_bytes`, remembered."""
+        known = self._following.get(state)
+        if known is None:
+            if len(self._following) >= MAX_STEPS:
+                self._following.clear()
+            known = self._following[state] = self.next_bytes(state)
+        return known
+
+    def worn(self) -> bool:
+        """Whether so many states were met that a fresh machine should take over, to bound memory."""
+        return False
+
+    def forget(self) -> None:
+        """Drop what is remembered of states and tokens, because it changed."""
+        self._steps.clear()
+        self._following.clear()
+        self._runs.clear()
+
     def forced_run(self, state: State, tokens: list[int]) -> list[int]:
         """The tokens that must follow `state`, which `tokens` led to."""
-        if self.accepts(state) or len(self.next_bytes(state)) != 1:
+        if len(self.following(state)) != 1 or self.accepts(state):
             return []
         key = (state, *tokens[-CONTEXT:])
         run = self._runs.get(key)
         if run is None:
             forced, follow = self.forced_bytes(state)
-            if len(self._runs) >= MAX_STEPS // 10:
+            if len(self._runs) >= MAX_STEPS:
                 self._runs.clear()
             run = self._runs[key] = canonical_run(self.vocabulary, tokens[-CONTEXT:], forced, follow)
         return list(run)
@@ -93,13 +115,13 @@ class Machine(ABC, Generic[State]):
     def forced_bytes(self, state: State) -> tuple[bytes, bytes]:
         """The bytes that must follow `state`, and those that may follow them."""
         forced = bytearray()
-        follow = self.next_bytes(state)
+        follow = self.following(state)
         while len(follow) == 1 and not self.accepts(state) and len(forced) < MAX_RUN:
             after = self.step(state, follow)
             if after is None:
                 break
             forced += follow
-            state, follow = after, self.next_bytes(after)
+            state, follow = after, self.following(after)
         return bytes(forced), follow
 
 
@@ -119,7 +141,7 @@ class MachineConstraint(Constraint, Generic[State]):
         return self.machine.accepts(self._state)
 
     def eos_forced(self) -> bool:
-        return self.machine.accepts(self._state) and not self.machine.next_bytes(self._state)
+        return not self.machine.following(self._state) and self.machine.accepts(self._state)
 
     def token_allowed(self, token: int) -> bool:
         if token in self.vocabulary.eos_token_ids:
@@ -175,9 +197,10 @@ class _Compiled:
     def get(self, key: Hashable, compile: Callable[[], Any]) -> Any:
         with self._lock:
             found = self._kept.get(key)
-            if found is not None:
+            if found is not None and not (isinstance(found, Machine) and found.worn()):
                 self._kept.move_to_end(key)
                 return found
+            self._kept.pop(key, None)
         made = compile()
         with self._lock:
             kept = self._kept.setdefault(key, made)

@@ -15,7 +15,7 @@ from llguidance import LLMatcher
 from constraints import guidance, regex_syntax
 from constraints.errors import ConstraintError
 from constraints.index import Builder, Index, builder
-from constraints.machine import Machine, MachineConstraint, compiled
+from constraints.machine import MAX_STATES, Machine, MachineConstraint, compiled
 from constraints.regex_automaton import DEAD, RegexAutomaton
 from constraints.token_set import Row, pack
 from constraints.trie import StepTable, trie_of
@@ -54,6 +54,9 @@ class RegexMachine(Machine[int]):
 
     def next_bytes(self, state: int) -> bytes:
         return bytes(byte for byte, after in enumerate(self.automaton.row(state)) if after != DEAD)
+
+    def worn(self) -> bool:
+        return len(self.automaton) > MAX_STATES
 
     def text_row(self, state: int, tokens: list[int]) -> Row:
         row = self.indexed_row(state)

@@ -3,7 +3,7 @@
 Known disagreements, each with a test below:
 - outlines-core loses every token that leads from a state where the text may end to one where it may not:
   after the first `1`, `1+(\.1+)?` no longer allows `.`. So it is compared where the text may not end.
-- outlines-core loses every token that leads from where the text may end to where it may not:
+- llguidance narrows a mask to one token where bytes are forced, unless a grammar says `no_forcing`.
 """
 
 from __future__ import annotations
