@@ -135,13 +135,14 @@ class GuidanceConstraint(Constraint):
 
     def append_token(self, token: int) -> None:
         v = self.vocabulary
+        before = self._history[-1]
         if token not in v.eos_token_ids:
-            # A token that it refuses would leave the matcher in an error for ever, so it is asked first.
-            if not self.token_allowed(token) or not self._matcher.consume_token(token):
+            if not (0 <= token < v.size and v.token_bytes(token)) or not self._matcher.try_consume_tokens(
+                [token]
+            ):
                 raise self._failed_append(token)
-            self._history.append((self._history[-1] * BASE + token + 1) % PRIME)
-        else:
-            self._history.append(self._history[-1])
+            before = (before * BASE + token + 1) % PRIME
+        self._history.append(before)
         self._tokens.append(token)
 
     def _failed_append(self, token: int) -> ConstraintError:

@@ -194,6 +194,10 @@ class _Compiled:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = Lock()
 
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
     def get(self, key: Hashable, compile: Callable[[], Any]) -> Any:
         with self._lock:
             found = self._kept.get(key)

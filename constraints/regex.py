@@ -1,12 +1,13 @@
 """Regex constraints: an automaton names the states, and the fastest source at hand fills in their masks.
 
 A mask that no sequence has asked for comes from the index of the pattern, when there is one; else from
-llguidance, which starts at once; else, where llguidance meets its limits, from a walk of the token tree. All
-three give the same masks, so nothing changes when an index arrives in the middle of a sequence.
+llguidance, which starts at once; else, where few tokens can follow or llguidance meets its limits, from a
+walk of the token tree. All three give the same masks, so nothing changes when an index arrives in mid-sequence.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -21,6 +22,8 @@ from constraints.token_set import Row, pack
 from constraints.trie import StepTable, trie_of
 from constraints.vocabulary import Vocabulary
 
+NARROW = 2_000
+"""Tokens that begin with a byte that may follow: a walk over so many takes some 100 µs."""
 WORTH_SECONDS = 0.02
 """Time spent on the masks of one pattern, after which it is worth an index."""
 
@@ -35,11 +38,20 @@ class RegexMachine(Machine[int]):
         if not regex_syntax.has_match(tree):
             raise ConstraintError(f"regex {regex_syntax.shown(pattern)} matches no text at all")
         self.automaton = RegexAutomaton(tree)
-        self.fresh = _fresh_matcher(vocabulary, tree)
+        self._tree = tree
         self.index: Index | None = indexes.find(vocabulary, pattern)
         self._indexes = indexes
         self._steps_by_byte = StepTable(self.automaton.row)
         self._seconds = 0.0
+
+    @cached_property
+    def fresh(self) -> LLMatcher | None:
+        """llguidance at the start of the pattern; None when the pattern is beyond its limits."""
+        source = f"start: /{regex_syntax.render(self._tree)}/{guidance.NO_FORCING}"
+        try:
+            return guidance.matcher(self.vocabulary, source)
+        except ConstraintError:
+            return None
 
     @property
     def start(self) -> int:
@@ -67,6 +79,11 @@ class RegexMachine(Machine[int]):
         row = self.index.get(self.automaton.digest(state)) if self.index else None
         return None if row is None else row.copy()
 
+    def is_narrow(self, state: int) -> bool:
+        """Whether so few tokens can follow that a walk is done before llguidance has read the pattern."""
+        trie = trie_of(self.vocabulary)
+        return int(trie.weight[np.frombuffer(self.following(state), np.uint8)].sum()) <= NARROW
+
     def walked_row(self, state: int) -> Row:
         """The mask from a walk of the token tree."""
         found = trie_of(self.vocabulary).walk_by(self._steps_by_byte, state)
@@ -83,14 +100,6 @@ class RegexMachine(Machine[int]):
         self.index = index
 
 
-def _fresh_matcher(vocabulary: Vocabulary, tree: regex_syntax.Tree) -> LLMatcher | None:
-    """llguidance at the start of the pattern; None when the pattern is beyond its limits."""
-    try:
-        return guidance.matcher(vocabulary, f"start: /{regex_syntax.render(tree)}/{guidance.NO_FORCING}")
-    except ConstraintError:
-        return None
-
-
 class RegexConstraint(MachineConstraint[int]):
     """A position in a regex. Its matcher follows only when a mask is needed that nobody has made."""
 
@@ -105,8 +114,9 @@ class RegexConstraint(MachineConstraint[int]):
         state = self._state
         row = self.machine.indexed_row(state)
         if row is None:
+            narrow = self.machine.is_narrow(state)
             start = perf_counter()
-            row = self._guided_row()
+            row = self.machine.walked_row(state) if narrow else self._guided_row()
             self.machine.spent(perf_counter() - start)
         if self.machine.accepts(state):
             row |= self.vocabulary.eos_row

@@ -38,9 +38,12 @@ class TokenTrie:
             [(same[0], other) for same in vocabulary.ids_by_bytes.values() for other in same[1:]], np.int64
         ).reshape(-1, 2)
         self.root_children = 0
+        self.weight = np.zeros(256, np.int64)
+        """How many tokens begin with each byte: what a walk through it costs at most."""
         self.levels = _levels(spellings, ids)
         if self.levels:
             self.root_children = len(self.levels[0].byte)
+            self.weight += np.bincount([text[0] for text in spellings], minlength=256)
 
     def walk(self, table: Ints, start: int) -> Ints:
         """The state that each token leads to from `start`: int32[size], DEAD where it may not come.

@@ -1,4 +1,4 @@
-"""llguidance, the token tree, outlines-core and xgrammar on real vocabularies give the same masks.
+r"""llguidance, the token tree, outlines-core and xgrammar on real vocabularies give the same masks.
 
 Known disagreements, each with a test below:
 - outlines-core loses every token that leads from a state where the text may end to one where it may not:
