@@ -72,9 +72,9 @@ def compute_row(vocabulary: Vocabulary, at: LLMatcher) -> Row:
 
     Where no token can follow, `at` ends in its error state, which it never leaves.
     """
-    if at.is_stopped():
+    if at.is_stopped() and not at.is_error():
         return np.zeros(vocabulary.num_words, np.int32)
-    bits = at.compute_bitmask()
+    bits = b"" if at.is_error() else at.compute_bitmask()
     if at.is_error():
         message = first_line(at.get_error())
         if message in NOTHING_FOLLOWS:
@@ -102,6 +102,8 @@ class GuidanceGrammar:
         self.vocabulary = vocabulary
         self.number = next(_numbers)
         self.fresh = matcher(vocabulary, lark)
+        # `<|name|>` and `<[3]>` are how llguidance's Lark names special tokens.
+        self.names_tokens = "<" in lark
 
 
 class GuidanceConstraint(Constraint):
@@ -167,8 +169,14 @@ class GuidanceConstraint(Constraint):
         return "grammar", self._grammar.number, self._history[-1]
 
     def _make_row(self) -> Row:
-        ends = self._matcher.is_accepting()
-        row = compute_row(self.vocabulary, self._matcher)
+        at = self._matcher
+        ends = at.is_accepting()
+        if not ends and not at.is_stopped() and not self._grammar.names_tokens:
+            # Nothing but text tokens can be in the engine's mask, which is then used as it is, uncopied.
+            bits = at.compute_bitmask()
+            if not at.is_error():
+                return np.frombuffer(bits, np.int32, self.vocabulary.num_words)
+        row = compute_row(self.vocabulary, at)
         if self._matcher.is_error():
             self._matcher = self._replayed()
         if ends:

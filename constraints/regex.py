@@ -2,7 +2,7 @@
 
 A mask that no sequence has asked for comes from the index of the pattern, when there is one; else from
 llguidance, which starts at once; else, where few tokens can follow or llguidance meets its limits, from a
-walk of the token tree. All three give the same masks, so nothing changes when an index arrives in mid-sequence.
+walk of the token tree. All three give the same masks, so an index may arrive in the middle of a sequence.
 """
 
 from __future__ import annotations
