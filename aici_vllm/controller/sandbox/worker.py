@@ -19,6 +19,9 @@ LOST = Raised("no sandbox process could be started: the machine may be out of me
 MAX_SUSPENSIONS = 1_000_000
 """Words that one turn may use; its time ends long before."""
 
+_starting = threading.Lock()
+"""Held while a process's program is looked up: Python's sysconfig fills its cache without a lock."""
+
 
 class Worker:
     """A process that runs one turn at a time. A crash or a kill costs that turn and no other."""
@@ -31,6 +34,7 @@ class Worker:
         self._preludes: dict[bool, Prelude] = {}
         self._lock = threading.Lock()
         self._watch: Watch | None = None
+        self._pid: int | None = None
         self.restarts = 0
         self.script_seconds = 0.0
 
@@ -54,6 +58,7 @@ class Worker:
             return None
         except MontyCrashedError:
             self.restarts += 1
+            self._pid = None
             return Raised(watch.fault) if watch.fault else Raised(WORKER_DIED) if watch.began else LOST
 
     def check(self) -> float:
@@ -78,6 +83,7 @@ class Worker:
         if self._monty is not None:
             self._monty.__exit__(None, None, None)
             self._monty = None
+            self._pid = None
 
     def _prelude(self, decisions: bool) -> Prelude:
         if decisions not in self._preludes:
@@ -87,7 +93,8 @@ class Worker:
 
     def _checkout(self) -> MontySession:
         if self._monty is None:
-            self._monty = Monty(min_processes=1, max_processes=1, request_timeout=self._longest_turn)
+            with _starting:
+                self._monty = Monty(min_processes=1, max_processes=1, request_timeout=self._longest_turn)
             self._monty.__enter__()
         return self._monty.checkout(
             script_name="script.py",
@@ -100,8 +107,12 @@ class Worker:
         )
 
     def _begin_watch(self, session: MontySession, watch: Watch) -> None:
-        assert session.worker_pid is not None
-        watch.begin(session.worker_pid)
+        pid = session.worker_pid
+        assert pid is not None
+        # A process that died while idle was replaced without a word.
+        self.restarts += self._pid not in (None, pid)
+        self._pid = pid
+        watch.begin(pid)
         with self._lock:
             self._watch = watch
         if watch.program.closed:
