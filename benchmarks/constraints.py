@@ -289,7 +289,7 @@ def cell(values: list[float]) -> str:
 
 def table(results: dict[int, dict[str, dict[str, Times]]]) -> str:
     lines = [
-        "| tokens | source | engine | first mask µs, p50 / p99 / max | step µs, p50 / p99 / max | mean | steps |",
+        "| tokens | source | engine | first mask µs, p50 / p99 / max | step, p50 / p99 / max | mean | n |",
         "|---|---|---|---|---|---|---|",
     ]
     for size, kinds in results.items():

@@ -7,12 +7,12 @@ from constraints.constraint import AnyText, Constraint
 from constraints.errors import ConstraintError
 from constraints.guidance import lark
 from constraints.identifiers import DynamicLexer
-from constraints.json_schema import json_schema
+from constraints.json_constraint import json_schema
 from constraints.literals import options, substring
-from constraints.regex import regex
+from constraints.regex_constraint import regex
 from constraints.token_set import TokenSet
 from constraints.vocabulary import Vocabulary
-from constraints.yacc import yacc
+from constraints.yacc_constraint import yacc
 
 __all__ = [
     "AnyText",

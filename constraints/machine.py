@@ -29,7 +29,7 @@ _numbers = count()
 
 
 class Machine(ABC, Generic[State]):
-    """States, and the tokens that lead from one to another. Immutable to its users, shared between threads.
+    """States, and the tokens that lead from one to another, shared by all sequences of one thread.
 
     A subclass says what bytes do; tokens, caches and forced runs follow.
     """

@@ -99,3 +99,11 @@ def test_an_explosive_grammar_is_refused_in_bounded_time():
             constraint.append_token(VOCABULARY.greedy(b"a")[0])
     except ConstraintError as error:
         assert "complex" in str(error)
+
+
+def test_special_tokens_cannot_be_named_into_a_mask():
+    with pytest.raises(ConstraintError, match="unknown special token"):
+        lark(VOCABULARY, 'start: "a" <|tool|>')
+    constraint = lark(VOCABULARY, 'start: "a" <[2]>')
+    constraint.append_token(VOCABULARY.greedy(b"a")[0])
+    assert not constraint.mask_row().any()

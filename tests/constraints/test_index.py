@@ -11,8 +11,8 @@ from constraints import ConstraintError, TokenSet, Vocabulary, regex
 from constraints.index import Builder, build, load, path_of
 from constraints.machine import compiled
 from constraints.masks import masks
-from constraints.regex import RegexConstraint, RegexMachine
-from tests.constraints.test_regex import PATTERNS, VOCABULARY
+from constraints.regex_constraint import RegexConstraint, RegexMachine
+from tests.constraints.test_regex_constraint import PATTERNS, VOCABULARY
 
 
 def all_states(machine: RegexMachine, limit: int = 200) -> list[int]:

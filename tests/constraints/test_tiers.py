@@ -16,7 +16,7 @@ import pytest
 import xgrammar
 
 from constraints import TokenSet, Vocabulary, guidance, regex, regex_syntax
-from constraints.regex import RegexConstraint
+from constraints.regex_constraint import RegexConstraint
 
 PATTERNS = [
     r"[a-z]+!",

@@ -1,0 +1,47 @@
+"""What machines remember is bounded, and equal sources share one."""
+
+from __future__ import annotations
+
+import pytest
+
+from constraints import machine, regex
+from constraints.literals import OptionsMachine
+from constraints.regex_constraint import RegexMachine
+from tests.constraints.walks import small_vocabulary
+
+VOCABULARY = small_vocabulary("ab", "a", "b", "abab")
+
+
+def test_a_machine_with_too_many_states_is_replaced(monkeypatch: pytest.MonkeyPatch):
+    one = regex(VOCABULARY, "(a|b)*b{3}")
+    assert regex(VOCABULARY, "(a|b)*b{3}").machine is one.machine
+    for _ in range(3):
+        one.append_token(VOCABULARY.greedy(b"b")[0])
+    monkeypatch.setattr("constraints.regex_constraint.MAX_STATES", 1)
+    two = regex(VOCABULARY, "(a|b)*b{3}")
+    assert two.machine is not one.machine
+    # The sequence on the old machine goes on, and nobody confuses the states of the two.
+    assert one.mask_row().any() and one.state_key()[0] != two.state_key()[0]
+
+
+def test_remembered_steps_and_runs_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "MAX_STEPS", 5)
+    made = RegexMachine(VOCABULARY, "(ab){1,50}")
+    state, tokens = made.start, []
+    token = VOCABULARY.greedy(b"ab")[0]
+    for _ in range(40):
+        made.following(state)
+        made.forced_run(state, tokens)
+        after = made.advance(state, token)
+        assert after is not None
+        state, tokens = after, [*tokens, token]
+    assert max(len(made._steps), len(made._following), len(made._runs)) <= 6
+
+
+def test_forced_bytes_end_where_there_is_a_choice():
+    made = OptionsMachine(VOCABULARY, [b"abab", b"abba", b"abbab"])
+    assert made.forced_bytes(made.start) == (b"ab", b"ab")
+    state = made.step(made.start, b"abb")
+    assert state is not None and made.forced_bytes(state) == (b"a", b"b")
+    assert made.forced_run(made.start, []) == []
+    assert not made.worn()
