@@ -16,7 +16,7 @@ from aici_vllm.controller.branch import Branch as _Branch
 from aici_vllm.controller.decisions import BranchDecision as Branch
 from aici_vllm.controller.decisions import MidProcessResult, Splice
 from aici_vllm.controller.program import running_program
-from constraints import Constraint, TokenSet
+from constraints import Constraint, Vocabulary
 
 __all__ = [
     "AiciAsync",
@@ -111,6 +111,16 @@ class Label:
         return _ask(lambda branch: words.text_since(branch, self._mark))
 
 
+class TokenSet(constraints.TokenSet):
+    """A set of tokens, empty at first, as large as the model's vocabulary."""
+
+    def __init__(
+        self, size: int | None = None, vocabulary: Vocabulary | None = None, row: Any = None
+    ) -> None:
+        vocabulary = vocabulary or _branch().group.vocabulary
+        super().__init__(vocabulary.size if size is None else size, vocabulary, row)
+
+
 def tokenize(text: str | bytes) -> list[Token]:
     """The model's tokens for `text`: nothing added in front, special tokens recognised."""
     return _branch().group.vocabulary.tokenize(text)
@@ -136,7 +146,7 @@ def eos_token() -> Token:
     return _branch().group.vocabulary.eos_token_id
 
 
-def all_tokens() -> TokenSet:
+def all_tokens() -> constraints.TokenSet:
     """Every token, special ones too."""
     return _branch().group.vocabulary.all_tokens()
 
@@ -243,7 +253,7 @@ class NextToken(Awaitable):
         decided: Decided = yield Decide(result)
         self.value = self.curr_tokens = decided.tokens
         self.finished = any(token in _branch().group.vocabulary.eos_token_ids for token in decided.tokens)
-        self._index = decided.index
+        self._index = decided.branch
         self.post_process(decided.backtrack, decided.tokens)
         return self.value
 
@@ -299,7 +309,7 @@ class ConstrainedToken(NextToken):
     def mid_process(self) -> MidProcessResult:
         if self._constraint is None:
             self._constraint = self._make()
-        allowed = TokenSet(_branch().group.vocabulary.size)
+        allowed = TokenSet()
         self._constraint.allow_tokens(allowed)
         if not allowed.num_set():
             print("Constraint doesn't allow any tokens; adding EOS")
@@ -371,7 +381,7 @@ async def fork(branches: int | list[Branch]) -> int:
         ValueError: fewer than one branch.
     """
     decided: Decided = await words.fork(_branch(), branches)
-    return decided.index
+    return decided.branch
 
 
 # Constraints under the names that scripts know.
@@ -444,7 +454,8 @@ class _Round(NextToken):
 
 async def _drive(callbacks: AiciCallbacks) -> None:
     callbacks.init_prompt(await GetPrompt())
-    backtrack, tokens, index = 0, [], 0
+    backtrack, index = 0, 0
+    tokens: list[Token] = []
     while True:
         result = callbacks.mid_process(backtrack, tokens, [index])
         if not result.branches and not result.skip_me:

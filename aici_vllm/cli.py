@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aici_vllm.commands import run, serve
+
 
 @dataclass(frozen=True)
 class Subcommand:
@@ -53,6 +55,13 @@ def _model(arguments: argparse.Namespace) -> int:
 
 
 SUBCOMMANDS = (
+    Subcommand(
+        "serve",
+        "Serve a model with controllers: `vllm serve` plus two flags.",
+        serve.add_arguments,
+        serve.run,
+    ),
+    Subcommand("run", "Run a script on a server, showing its text as it comes.", run.add_arguments, run.run),
     Subcommand("model", "Put the embedded model in place and print its folder.", _model_arguments, _model),
 )
 

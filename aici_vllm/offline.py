@@ -113,8 +113,8 @@ def run(
     outputs = llm.generate([_never_empty(llm, prompt) for prompt in prompts], params, use_tqdm=use_tqdm)
     results = []
     for output in outputs:
-        result = ControllerResult.from_json(output.kv_transfer_params["controller"])
-        result.prompt_token_ids = list(output.prompt_token_ids)
+        result = ControllerResult.from_json((output.kv_transfer_params or {})["controller"])
+        result.prompt_token_ids = list(output.prompt_token_ids or [])
         results.append(result)
     return results
 

@@ -1,6 +1,7 @@
 """`aici run script.py`: send a script to a server, show its text as it comes, then what it says."""
 
 import argparse
+import base64
 import json
 import os
 import sys
@@ -122,5 +123,7 @@ def show(found: dict[str, Any]) -> None:
         f"--- {usage['sampled_tokens']} tokens sampled, {usage['spliced_tokens']} spliced, "
         f"{usage['forward_passes']} forward passes"
     )
-    for name, value in sorted(found["variables"].items()):
+    binaries = {name: base64.b64decode(text) for name, text in found["variables_base64"].items()}
+    variables = {**found["variables"], **{n: b.decode(errors="replace") for n, b in binaries.items()}}
+    for name, value in sorted(variables.items()):
         print(f"{name} = {value}")

@@ -64,7 +64,7 @@ class Decide(Awaitable):
 class Decided(NamedTuple):
     """What came of a `Decide`: which branch this is, how many tokens it lost and which it got."""
 
-    index: int
+    branch: int
     backtrack: int
     tokens: list[int]
 

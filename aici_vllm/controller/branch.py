@@ -211,6 +211,11 @@ class Branch:
         return True
 
     def _decide(self, index: int, decision: BranchDecision) -> bool:
+        size = self.group.vocabulary.size
+        if any(token >= size for splice in decision.splices for token in splice.ff_tokens):
+            return self._raise(ValueError(f"ff_tokens holds a token id over the vocabulary's {size}"))
+        if decision.sample_mask is not None and not decision.sample_mask.num_set():
+            return self._raise(ValueError("sample_mask allows no token"))
         self._decided_index = index
         if decision.sample_mask is not None:
             self.sampling = MaskedToken(decision.sample_mask, decision.splices)

@@ -69,6 +69,9 @@ class Group:
         Branches over the limit are made too, and fail at once with an error.
         """
         decisions = parent.forks
+        if len(self.branches) + len(decisions) - 1 > self.limits.branches_made:
+            parent.fail(f"too many forks (a request may make {self.limits.branches_made} branches in all)")
+            return []
         children = [self._copy(parent) for _ in decisions[1:]]
         parent.begin_fork(0, decisions[0])
         for index, (child, decision) in enumerate(zip(children, decisions[1:], strict=True), start=1):
@@ -90,7 +93,7 @@ class Group:
 
     def poll(self) -> list[Branch]:
         """Advance the branches whose program's turn is over by now."""
-        done = []
+        done: list[Branch] = []
         for branch in self.branches:
             if branch.next is Next.THINK:
                 branch.advance()

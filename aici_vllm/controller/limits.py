@@ -17,6 +17,8 @@ class Limits:
     """How many `step_seconds` in a row a step may overrun before the branch fails."""
     branches: int = 16
     """Branches of one request that may live at the same time."""
+    branches_made: int = 1024
+    """Branches of one request over its whole life, those that have ended too."""
     memory: int = 64 << 20
     log_bytes: int = 64 << 10
     """Log kept per step; what is over is dropped, oldest first."""

@@ -157,10 +157,8 @@ class NativeProgram:
             try:
                 if self._coroutine is None:
                     self._coroutine = start_controller(self._controller, self._arg)
-                if error is not None:
-                    awaited = self._coroutine.throw(error)
-                else:
-                    awaited = self._coroutine.send(value)
+                coroutine = self._coroutine
+                awaited = coroutine.send(value) if error is None else coroutine.throw(error)
             except StopIteration:
                 self._turn = Returned()
             except Exception as caught:

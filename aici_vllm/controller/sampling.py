@@ -4,12 +4,13 @@ from collections.abc import Hashable
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aici_vllm.controller.awaits import Generate
 from aici_vllm.controller.decisions import Splice
 from constraints import TokenSet, Vocabulary
 
-Row = np.ndarray
+Row = NDArray[np.int32]
 """A mask: int32[vocabulary.num_words], bit t set when token t may come next."""
 
 

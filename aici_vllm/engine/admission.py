@@ -102,7 +102,8 @@ def _check_flags(vllm_config: VllmConfig) -> None:
 
 
 def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
-    controller = params.extra_args[CONTROLLER]
+    args = params.extra_args or {}
+    controller = args[CONTROLLER]
     if isinstance(controller, bytes):
         if not operator_config(vllm_config).get("functions"):
             raise BadRequestError("this engine takes no pickled functions: send source text or a name")
@@ -115,7 +116,7 @@ def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
         from aici_vllm.controller.check import check_source
 
         check_source(controller, operator_limits(vllm_config))
-    arg = params.extra_args.get(CONTROLLER_ARG, "")
+    arg = args.get(CONTROLLER_ARG, "")
     if not isinstance(arg, str):
         raise BadRequestError(f"{CONTROLLER_ARG} must be a string, not {type(arg).__name__}")
 

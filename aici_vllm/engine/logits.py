@@ -60,7 +60,10 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, state: torch.device | LogitsProcRequestState, is_pin_memory: bool = False
+        self,
+        vllm_config: VllmConfig,
+        state: torch.device | LogitsProcRequestState,
+        is_pin_memory: bool = False,
     ):
         device = state if isinstance(state, (torch.device, str)) else state.device
         self._masks = DeviceMasks(torch.device(device))

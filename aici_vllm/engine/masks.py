@@ -7,11 +7,12 @@ new and one number per sequence.
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aici_vllm.controller.sampling import Sampling
+if TYPE_CHECKING:
+    from aici_vllm.controller.sampling import Sampling
 
 KEY = "controller_key"
 """Set in a controlled request's `extra_args` for the workers: the name under which its masks arrive."""
@@ -58,7 +59,7 @@ class MaskTable:
         self._slots: OrderedDict[Hashable, int] = OrderedDict()
         self._unnamed = 0
 
-    def step(self, grammar: Any, samplings: dict[str, Sampling]) -> StepMasks:
+    def step(self, grammar: Any, samplings: "dict[str, Sampling]") -> StepMasks:
         """Find or make the row of each sequence."""
         masks = StepMasks(grammar, {})
         new_rows: list[np.ndarray] = []

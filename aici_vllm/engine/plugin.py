@@ -9,6 +9,7 @@ def register() -> None:
     Plain requests pass through untouched, and a vLLM that this package does not know is left alone.
     """
     if compat.is_supported(compat.installed_version()):
-        from aici_vllm.engine.admission import admit
+        from aici_vllm.engine.admission import CONTROLLER, admit
 
         compat.admit_requests_with(admit)
+        compat.allow_empty_prompts(lambda body: CONTROLLER in (body.get("vllm_xargs") or {}))

@@ -19,7 +19,7 @@ class Programs:
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        self._sandbox: "SandboxPool | None" = None
+        self._sandbox: SandboxPool | None = None
 
     def maker(self, controller: str | bytes, arg: str) -> Callable[[Branch], Program]:
         """How to make the program of a request's first branch.
@@ -29,7 +29,9 @@ class Programs:
         """
         if isinstance(controller, str) and not is_name(controller):
             return lambda branch: self._sandboxed(controller, branch)
-        function: Any = load_installed(controller) if isinstance(controller, str) else cloudpickle.loads(controller)
+        function: Any = (
+            load_installed(controller) if isinstance(controller, str) else cloudpickle.loads(controller)
+        )
         return lambda branch: NativeProgram(function, arg, branch)
 
     def wait(self, seconds: float) -> None:
@@ -43,10 +45,10 @@ class Programs:
             self._sandbox.close()
 
     def _sandboxed(self, source: str, branch: Branch) -> Program:
-        from aici_vllm.controller.check import check_source
+        from aici_vllm.controller.check import takes_back
         from aici_vllm.controller.sandbox import SandboxPool
 
         if self._sandbox is None:
             self._sandbox = SandboxPool(self._limits)
-        branch.may_take_back = check_source(source, self._limits).takes_back
+        branch.may_take_back = takes_back(source)
         return self._sandbox.program(source, branch)

@@ -7,10 +7,11 @@ forked, spliced, parked, resumed, or ended (`_settle`).
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -24,7 +25,7 @@ from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.group import Group
 from aici_vllm.engine.admission import CHOICES, CONTROLLER, CONTROLLER_ARG, is_controlled, operator_limits
 from aici_vllm.engine.blocks import keep_prefix, share_prefix
-from aici_vllm.engine.compat import require_supported
+from aici_vllm.engine.compat import require_supported, wrap_allocation
 from aici_vllm.engine.controlled import (
     FINISH,
     Controlled,
@@ -33,7 +34,7 @@ from aici_vllm.engine.controlled import (
     with_sampling,
     worker_params,
 )
-from aici_vllm.engine.masks import MaskTable, StepMasks
+from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
 from constraints import Vocabulary
@@ -67,8 +68,7 @@ class Scheduler(AsyncScheduler):
         self._unsettled: dict[ControlledGroup, None] = {}
         self._outputs: list[tuple[int, EngineCoreOutput]] = []
         self._step_members: dict[str, tuple[Controlled, int]] = {}
-        manager = self.kv_cache_manager
-        manager.allocate_slots = _reclaiming(manager.allocate_slots, self._reclaim_blocks)
+        wrap_allocation(self.kv_cache_manager, self._taking_idle_blocks)
 
     # Requests come and go.
 
@@ -76,7 +76,8 @@ class Scheduler(AsyncScheduler):
         if not is_controlled(request.sampling_params):
             super().add_request(request)
             return
-        group = self._group_of(request)
+        assert request.sampling_params is not None and request.prompt_token_ids is not None
+        group = self._group_of(request, request.sampling_params, request.prompt_token_ids)
         index = _choice_index(request) if group.choices > 1 else 0
         if index:
             group.seats[index] = request
@@ -140,7 +141,9 @@ class Scheduler(AsyncScheduler):
         samplings = {
             request_id: member.branch.sampling
             for request_id, (member, times_taken_out) in self._step_members.items()
-            if times_taken_out == member.times_taken_out and not member.request.is_prefill_chunk
+            if times_taken_out == member.times_taken_out
+            and not member.request.is_prefill_chunk
+            and member.branch.sampling is not None
         }
         return self.masks.step(grammar, samplings) if samplings else grammar
 
@@ -236,6 +239,7 @@ class Scheduler(AsyncScheduler):
 
     def _adopt(self, group: ControlledGroup, branch: Branch, request: Request) -> Controlled:
         """Put a request under a branch; it is parked until the branch wants a token."""
+        assert request.sampling_params is not None
         request.sampling_params = worker_params(request.sampling_params, request.request_id, branch.index)
         member = Controlled(request, branch, group, request.sampling_params)
         group.members[branch.index] = member
@@ -273,8 +277,7 @@ class Scheduler(AsyncScheduler):
             # As vLLM does for a streaming session: the row's token was overtaken.
             request.drop_stale_output = True
             request.num_stale_output_tokens = request.num_in_flight_tokens
-            member.forward_passes -= 1
-            member.discarded += 1
+            member.discard_row()
         request.num_computed_tokens = member.computed
         request.num_output_placeholders = 0
         request.spec_token_ids = []
@@ -298,6 +301,8 @@ class Scheduler(AsyncScheduler):
         member.finished = True
         member.times_taken_out += 1
         request = member.request
+        if request.num_in_flight_tokens:
+            member.discard_row()
         self._remove_from_queues(request)
         request.status = RequestStatus.FINISHED_STOPPED
         self._free_request(request)
@@ -352,23 +357,22 @@ class Scheduler(AsyncScheduler):
 
     # Small things.
 
-    def _group_of(self, request: Request) -> ControlledGroup:
+    def _group_of(self, request: Request, params: SamplingParams, prompt: list[int]) -> ControlledGroup:
         """The group a request belongs to; made by the first of its choices to arrive."""
-        params = request.sampling_params
-        choices = params.extra_args.get(CHOICES, 1)
+        args = params.extra_args or {}
+        choices = args.get(CHOICES, 1)
         root_id = request.request_id if choices == 1 else f"0_{request.request_id.split('_', 1)[1]}"
         if root_id not in self._groups:
             group = Group(
                 self.vocabulary,
-                request.prompt_token_ids,
+                prompt,
                 max_tokens=request.max_tokens,
                 context=self.max_model_len,
                 limits=self.limits,
-                arg=params.extra_args.get(CONTROLLER_ARG, ""),
+                arg=args.get(CONTROLLER_ARG, ""),
             )
             streamed = params.output_kind is RequestOutputKind.DELTA
-            controller = params.extra_args[CONTROLLER]
-            self._groups[root_id] = ControlledGroup(group, root_id, controller, choices, streamed)
+            self._groups[root_id] = ControlledGroup(group, root_id, args[CONTROLLER], choices, streamed)
         return self._groups[root_id]
 
     def _hear_from_scripts(self) -> None:
@@ -388,6 +392,17 @@ class Scheduler(AsyncScheduler):
 
     def _send(self, request: Request, output: EngineCoreOutput) -> None:
         self._outputs.append((request.client_index, output))
+
+    def _taking_idle_blocks(self, allocate_slots: Callable[..., Any]) -> Callable[..., Any]:
+        """`allocate_slots` that takes the blocks of idle branches before it gives up."""
+
+        def allocate(request: Request, *args: Any, **kwargs: Any) -> Any:
+            while (blocks := allocate_slots(request, *args, **kwargs)) is None:
+                if not self._reclaim_blocks(request):
+                    return None
+            return blocks
+
+        return allocate
 
     def _reclaim_blocks(self, wanting: Request | None) -> bool:
         """Free the KV of one branch that does not run, parked ones first; False when there is none.
@@ -411,15 +426,3 @@ class Scheduler(AsyncScheduler):
 def _choice_index(request: Request) -> int:
     """Which of the client's choices this is: vLLM calls them `0_id`, `1_id`, …"""
     return int(request.request_id.split("_", 1)[0])
-
-
-def _reclaiming(allocate_slots: Any, reclaim: Any) -> Any:
-    """`allocate_slots` that takes the blocks of idle branches before it gives up."""
-
-    def allocate(request: Request, *args: Any, **kwargs: Any) -> Any:
-        while (blocks := allocate_slots(request, *args, **kwargs)) is None:
-            if not reclaim(request):
-                return None
-        return blocks
-
-    return allocate

@@ -7,7 +7,14 @@ from typing import Any
 from aici_vllm import aici
 
 TEXTS = [" The capital of France is", "\nOnce", " 12 +", ". Then", " é日本語", "\n\n-", " she said", ":"]
-REGEXES = [r' "[^"\n]+"', r"[0-9]{1,4}", r" (yes|no|maybe)", r"(ab|abc|b)+c", r" [A-Z][a-z]*\.", r"[a-z ]{3,12}"]
+REGEXES = [
+    r' "[^"\n]+"',
+    r"[0-9]{1,4}",
+    r" (yes|no|maybe)",
+    r"(ab|abc|b)+c",
+    r" [A-Z][a-z]*\.",
+    r"[a-z ]{3,12}",
+]
 OPTIONS = [[" red", " green", " blue"], ["a", "ab", "abc"], [" one way", " one day", " two"]]
 
 

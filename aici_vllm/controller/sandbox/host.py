@@ -403,7 +403,7 @@ def gen_text(host: Host, *args: Any, **kwargs: Any) -> Pending:
 @_word
 def fork(host: Host, branches: Any) -> Pending:
     forks = branches if isinstance(branches, int) else _decisions(host, branches)
-    return Pending(words.fork(host.branch, forks), lambda decided: decided.index)
+    return Pending(words.fork(host.branch, forks), lambda decided: decided.branch)
 
 
 @_word
