@@ -67,11 +67,13 @@ class ControllerResult:
         """From the `controller` object of a response's `kv_transfer_params`."""
         variables = {name: text.encode() for name, text in found["variables"].items()}
         variables |= {name: base64.b64decode(text) for name, text in found["variables_base64"].items()}
-        branches = [
-            BranchResult(**{**branch, "sources": [(kind, count) for kind, count in branch["sources"]]})
-            for branch in found["branches"]
-        ]
+        branches = [_branch_result(branch) for branch in found["branches"]]
         return cls(branches, variables, Usage(**found["usage"]))
+
+
+def _branch_result(found: dict[str, Any]) -> BranchResult:
+    values = {name: found[name] for name in BranchResult.__dataclass_fields__}
+    return BranchResult(**{**values, "sources": [(kind, count) for kind, count in found["sources"]]})
 
 
 def engine_args(**limits: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import base64
 from typing import Any
 
+from aici_vllm.controller.branch import Branch
 from aici_vllm.engine.controlled import Controlled, ControlledGroup
 
 RESULTS_KEY = "controller"
@@ -36,11 +37,22 @@ def _branch(member: Controlled) -> dict[str, Any]:
         "index": branch.index,
         "text": branch.group.vocabulary.detokenize(tokens).decode(errors="replace"),
         "token_ids": tokens,
+        "parts": _parts(branch),
         "sources": [list(run) for run in branch.sequence.sources()],
         "finish_reason": branch.finish_reason,
         "error": branch.error,
         "logs": str(branch.log),
     }
+
+
+def _parts(branch: Branch) -> list[dict[str, str]]:
+    """The text in runs of one source. A character split between two runs shows as U+FFFD in both."""
+    parts, at = [], branch.sequence.prompt_len
+    for source, count in branch.sequence.sources():
+        text = branch.group.vocabulary.detokenize(branch.sequence.tokens[at : at + count])
+        parts.append({"source": source, "text": text.decode(errors="replace")})
+        at += count
+    return parts
 
 
 def _usage(members: list[Controlled]) -> dict[str, int]:
