@@ -108,7 +108,8 @@ def run(
         sampling_params: greedy and as long as the context allows by default.
 
     Raises:
-        ValueError: the engine, the controller or a prompt cannot do this; nothing was run.
+        vllm.exceptions.VLLMValidationError: the engine, the script or a prompt cannot do this; nothing ran.
+        TypeError: `controller` is no coroutine function.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     params = request_params(controller, controller_arg, sampling_params)

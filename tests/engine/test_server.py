@@ -1,0 +1,281 @@
+"""A real server and the stock `openai` client: results, streams, choices, and every kind of bad request."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "scripts"
+GREETING = "import aici\nasync def main():\n    await aici.FixedTokens('Hello')\n    {}\naici.start(main())\n"
+
+
+@dataclass
+class Server:
+    """A running server: `client` for OpenAI requests, `http` for everything else."""
+
+    client: openai.OpenAI
+    http: httpx.Client
+
+    def complete(self, script: str, prompt: str = "", **more: Any) -> Any:
+        """The response of a completion that runs `script`."""
+        arguments = {"max_tokens": 200, "temperature": 0.0, **more}
+        return self.client.completions.create(
+            model="m", prompt=prompt, extra_body={"vllm_xargs": {"controller": script}}, **arguments
+        )
+
+    def run(self, script: str, prompt: str = "", **more: Any) -> dict[str, Any]:
+        """The controller's results of a completion that runs `script`."""
+        return dict(self.complete(script, prompt, **more).kv_transfer_params["controller"])
+
+    def kv_usage(self) -> float:
+        """The share of KV blocks in use."""
+        metrics = self.http.get("/metrics").text
+        return max(float(line.split()[-1]) for line in re.findall(r"^vllm:kv_cache_usage_perc.*$", metrics, re.M))
+
+
+def start_server(folder: Path, *flags: str) -> Iterator[Server]:
+    """A server of the embedded model on a free port, stopped at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "aici_vllm.cli", "serve", str(folder), "--served-model-name", "m"]
+    command += ["--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", *flags]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    base = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=base, timeout=300, transport=httpx.HTTPTransport(retries=0)) as http:
+            _wait(process, http)
+            yield Server(openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0), http)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def _wait(process: "subprocess.Popen[bytes]", http: httpx.Client) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the server ended while it started"
+        try:
+            if http.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("the server did not answer within 300 s")
+
+
+@pytest.fixture(scope="module")
+def server(embedded_folder: Path) -> Iterator[Server]:
+    yield from start_server(embedded_folder)
+
+
+@pytest.mark.parametrize("name", ["tour", "take_back", "branches", "fields"])
+def test_examples_give_the_same_streamed_and_not(server: Server, name: str) -> None:
+    script = (EXAMPLES / f"{name}.py").read_text()
+    whole = server.complete(script)
+    results = whole.kv_transfer_params["controller"]
+    assert [branch["error"] for branch in results["branches"]] == [None] * len(results["branches"])
+    assert whole.choices[0].text == results["branches"][0]["text"]
+    text, last = "", None
+    for chunk in server.complete(script, stream=True):
+        text += chunk.choices[0].text
+        last = chunk.choices[0]
+    assert text == whole.choices[0].text
+    assert last is not None and last.finish_reason == whole.choices[0].finish_reason == "stop"
+    streamed = json.loads(last.stop_reason)["controller"]
+    assert streamed["variables"] == results["variables"]
+    assert streamed["usage"] == results["usage"]
+
+
+def test_variables_and_branches_of_an_example(server: Server) -> None:
+    results = server.run((EXAMPLES / "branches.py").read_text())
+    hot, day = results["variables"]["hot"], results["variables"]["day"]
+    texts = [branch["text"] for branch in results["branches"]]
+    assert texts == [
+        f"The opposite of hot is{hot} and the opposite of day is{day}",
+        f"The opposite of hot is{hot}",
+        f"The opposite of day is{day}",
+    ]
+
+
+def test_fixed_text_costs_no_forward_pass(server: Server) -> None:
+    script = GREETING.format("await aici.FixedTokens(' word' * 300); await aici.gen_tokens(max_tokens=3)")
+    usage = server.run(script, max_tokens=500)["usage"]
+    assert usage["sampled_tokens"] == usage["forward_passes"] == 3
+    assert usage["spliced_tokens"] > 300
+
+
+def test_chat_uses_the_template_and_streams(server: Server) -> None:
+    script = GREETING.format("await aici.gen_tokens(max_tokens=4)")
+    request: dict[str, Any] = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "max_tokens": 50,
+        "temperature": 0.0,
+        "extra_body": {"vllm_xargs": {"controller": script}},
+    }
+    whole = server.client.chat.completions.create(**request)
+    assert whole.choices[0].message.content.startswith("Hello")
+    assert whole.kv_transfer_params["controller"]["usage"]["sampled_tokens"] == 4
+    chunks = list(server.client.chat.completions.create(stream=True, **request))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert "controller" in json.loads(chunks[-1].choices[0].stop_reason)
+
+
+def test_fork_branches_fill_the_choices(server: Server) -> None:
+    script = GREETING.format("i = await aici.fork(2); await aici.FixedTokens(f' number {i}')")
+    answer = server.complete(script, n=4, temperature=0.5)
+    assert [choice.text for choice in answer.choices] == ["Hello number 0", "Hello number 1", "", ""]
+    assert len(answer.kv_transfer_params["controller"]["branches"]) == 2
+    streamed = ["", "", "", ""]
+    for chunk in server.complete(script, n=4, stream=True, temperature=0.5):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == ["Hello number 0", "Hello number 1", "", ""]
+
+
+def test_a_stream_holds_back_what_a_label_may_take_back(server: Server) -> None:
+    body = "l = aici.Label(); await aici.gen_tokens(max_tokens=5); await aici.FixedTokens(' there', following=l)"
+    chunks = [chunk.choices[0].text for chunk in server.complete(GREETING.format(body), stream=True)]
+    assert "".join(chunks) == "Hello there"
+
+
+def test_the_argument_reaches_the_script(server: Server) -> None:
+    script = GREETING.format("await aici.FixedTokens(' ' + aici.controller_arg())")
+    answer = server.client.completions.create(
+        model="m",
+        prompt="",
+        max_tokens=20,
+        extra_body={"vllm_xargs": {"controller": script, "controller_arg": "world"}},
+    )
+    assert answer.choices[0].text == "Hello world"
+
+
+def test_sixty_four_at_once_half_of_them_plain(server: Server) -> None:
+    script = (EXAMPLES / "take_back.py").read_text()
+
+    def plain(prompt: str) -> str:
+        answer = server.client.completions.create(model="m", prompt=prompt, max_tokens=8, temperature=0.0)
+        return answer.choices[0].text
+
+    prompts = [f"Number {i} is" for i in range(32)]
+    alone = [plain(prompt) for prompt in prompts]
+    controlled_alone = server.run(script)
+    with ThreadPoolExecutor(64) as pool:
+        plains = [pool.submit(plain, prompt) for prompt in prompts]
+        controlled = [pool.submit(server.run, script) for _ in range(32)]
+        assert [future.result() for future in plains] == alone
+        assert {future.result()["branches"][0]["text"] for future in controlled} == {
+            controlled_alone["branches"][0]["text"]
+        }
+    plain("The last step reports the blocks")
+    assert server.kv_usage() == 0
+
+
+def test_a_client_that_leaves_frees_every_branch(server: Server) -> None:
+    script = GREETING.format("i = await aici.fork(4); await aici.gen_tokens(max_tokens=1500)")
+    stream = server.complete(script, stream=True, max_tokens=1900)
+    next(iter(stream))
+    stream.close()
+    for _ in range(200):
+        server.client.completions.create(model="m", prompt="a", max_tokens=1)
+        if server.kv_usage() == 0:
+            return
+    raise AssertionError("blocks are still in use")
+
+
+REFUSED_AT_ONCE = {
+    "syntax error": ("def f(:\n", "line 1"),
+    "never starts": ("import aici\nprint(1)\n", "start"),
+    "inheritance": ("import aici\nclass A(int):\n    pass\naici.start(A)\n", "line 2"),
+    "unknown name": ("no_such_controller", "no_such_controller"),
+    "too large": ("#" * (1 << 20) + "\nimport aici\n", "1048576"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_AT_ONCE)
+def test_bad_requests_get_a_400(server: Server, case: str) -> None:
+    script, said = REFUSED_AT_ONCE[case]
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.complete(script)
+    assert said in str(caught.value)
+
+
+def test_max_tokens_over_the_context_gets_a_400(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError):
+        server.complete(GREETING.format("pass"), max_tokens=100_000)
+
+
+def test_structured_outputs_beside_a_controller_get_a_400(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="structured outputs"):
+        server.client.completions.create(
+            model="m",
+            prompt="",
+            extra_body={
+                "vllm_xargs": {"controller": GREETING.format("pass")},
+                "structured_outputs": {"regex": "a"},
+            },
+        )
+
+
+FAILS_WHILE_RUNNING = {
+    "raises first": ("import aici\nasync def f():\n    raise KeyError('k')\naici.start(f())\n", "KeyError"),
+    "raises later": (GREETING.format("raise ValueError('later')"), "ValueError: later"),
+    "awaits nothing": ("import aici\nasync def f():\n    pass\naici.start(f())\n", "await"),
+    "bad regex": (GREETING.format("await aici.gen_tokens(regex='(')"), "never closed"),
+    "fork(0)": (GREETING.format("await aici.fork(0)"), "at least 1"),
+    "gen over the context": (GREETING.format("await aici.gen_tokens(max_tokens=10**6)"), "2048"),
+    "text over the context": (GREETING.format("await aici.FixedTokens(' a' * 5000)"), "2048"),
+    "dead label": (
+        GREETING.format(
+            "a = aici.Label(); await aici.FixedTokens('x'); b = aici.Label(); "
+            "await aici.FixedTokens('y', following=a); await aici.FixedTokens('z', following=b)"
+        ),
+        "label",
+    ),
+    "past the start": (
+        GREETING.format("await aici.fork([aici.Branch(splices=[aici.Splice(backtrack=99, ff_tokens=[])])])"),
+        "backtrack",
+    ),
+    "deadlock": (GREETING.format("await aici.wait_vars('never')"), "'never'"),
+}
+
+
+@pytest.mark.parametrize("case", FAILS_WHILE_RUNNING)
+def test_a_script_that_fails_says_why_and_harms_nobody(server: Server, case: str) -> None:
+    script, said = FAILS_WHILE_RUNNING[case]
+    branch = server.run(script)["branches"][0]
+    assert said in branch["error"], branch["error"]
+    assert branch["finish_reason"] in ("fail", "deadlock")
+    chunks = list(server.complete(script, stream=True))
+    results = json.loads(chunks[-1].choices[0].stop_reason)["controller"]
+    assert results["branches"][0]["error"] == branch["error"]
+    assert server.run(GREETING.format("pass"))["branches"][0]["text"] == "Hello"
+
+
+def test_text_awaited_before_an_exception_is_not_lost(server: Server) -> None:
+    assert server.run(GREETING.format("raise ValueError"))["branches"][0]["text"] == "Hello"
+
+
+def test_fork_17_fails_one_branch_and_the_others_go_on(server: Server) -> None:
+    results = server.run(GREETING.format("i = await aici.fork(17); await aici.FixedTokens(f' {i}')"))
+    errors = [branch["error"] for branch in results["branches"]]
+    assert errors[:16] == [None] * 16
+    assert errors[16] == "too many forks (max=16)"
+    assert results["branches"][15]["text"] == "Hello 15"
