@@ -18,7 +18,7 @@ async def fields():
     await aici.gen_tokens(options=[" pounds", " euros", " dollars"], store_var="currency")
     await aici.FixedTokens("\nPhone: ")
     await aici.gen_tokens(regex=r"[0-9]{3}-[0-9]{4}", max_tokens=12, store_var="phone")
-    await aici.FixedTokens("\nAs the book says, \"")
+    await aici.FixedTokens('\nAs the book says, "')
     await aici.gen_tokens(substring="all is well that ends well", store_var="quote")
 
 
