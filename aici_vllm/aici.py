@@ -309,6 +309,8 @@ class ConstrainedToken(NextToken):
     def mid_process(self) -> MidProcessResult:
         if self._constraint is None:
             self._constraint = self._make()
+            if self._constraint.vocabulary is None:
+                self._constraint.vocabulary = _branch().group.vocabulary
         allowed = TokenSet()
         self._constraint.allow_tokens(allowed)
         if not allowed.num_set():

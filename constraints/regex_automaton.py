@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
+from threading import Lock
 from typing import TypeVar, cast
 
 from constraints import regex_syntax
@@ -74,6 +75,7 @@ class RegexAutomaton:
         self._numbers: dict[tuple[Term, ...], int] = {}
         self._rows: list[list[int] | None] = []
         self._digests: dict[Term, bytes] = {}
+        self._lock = Lock()
         term = self._lower(tree)
         self.start = self._number([term] if term else [])
 
@@ -88,7 +90,9 @@ class RegexAutomaton:
         """The next state for each of the 256 bytes, DEAD where none."""
         known = self._rows[state]
         if known is None:
-            known = self._rows[state] = self._expand(self._states[state])
+            # A script's thread may step an automaton that the engine's thread steps too.
+            with self._lock:
+                known = self._rows[state] = self._rows[state] or self._expand(self._states[state])
         return known
 
     def step(self, state: int, text: bytes) -> int:

@@ -20,10 +20,9 @@ from aici_vllm.controller.awaits import (
 from aici_vllm.controller.decisions import BranchDecision
 from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.log import Log
-from aici_vllm.controller.program import Program, Raised, Returned, error_line
+from aici_vllm.controller.program import Program, Raised, Returned
 from aici_vllm.controller.sampling import Generation, MaskedToken, Sampling
 from aici_vllm.controller.sequence import Sequence
-from constraints import ConstraintError
 
 if TYPE_CHECKING:
     from aici_vllm.controller.group import Group
@@ -91,8 +90,10 @@ class Branch:
         try:
             self.sampling.accept(token)
             forced = self.sampling.take_forced()
-        except ConstraintError as error:
-            self.fail(error_line(error))
+        except Exception as error:
+            # The constraint may be the user's own class: its error is the script's, at its await.
+            if self._raise(error):
+                self.advance()
             return False
         if not forced and not self.sampling.finished:
             return not self._ends_here()
@@ -181,9 +182,13 @@ class Branch:
         return True
 
     def _generate(self, awaited: Generate) -> bool:
-        self.sampling = Generation(awaited, self.group.vocabulary)
+        try:
+            self.sampling = Generation(awaited, self.group.vocabulary)
+            forced = self.sampling.take_forced()
+        except Exception as error:
+            return self._raise(error)
         self.next = Next.SAMPLE
-        return self._splice_forced(self.sampling.take_forced())
+        return self._splice_forced(forced)
 
     def _begin_decision(self, branches: list[BranchDecision]) -> bool:
         if not branches:

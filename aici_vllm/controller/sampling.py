@@ -39,7 +39,7 @@ class Sampling(Protocol):
         """Take a sampled token.
 
         Raises:
-            ConstraintError: the token was not allowed.
+            Exception: the constraint failed; if it is one of ours, a ConstraintError.
         """
 
     def take_forced(self) -> list[int]:
@@ -52,12 +52,13 @@ class Sampling(Protocol):
 class Generation:
     """One `gen_tokens`: a constraint, a budget and a place to stop."""
 
-    __slots__ = ("_constraint", "_eos", "_tail", "_vocabulary", "finished", "request", "tokens")
+    __slots__ = ("_constraint", "_eos", "_error", "_tail", "_vocabulary", "finished", "request", "tokens")
 
     def __init__(self, request: Generate, vocabulary: Vocabulary):
         self.request = request
         self._constraint = request.constraint
         self._vocabulary = vocabulary
+        self._error: Exception | None = None
         self._eos = frozenset(vocabulary.eos_token_ids)
         self._tail = b""
         self.tokens: list[int] = []
@@ -72,6 +73,8 @@ class Generation:
         return self.request.top_p
 
     def accept(self, token: int) -> None:
+        if self._error is not None:
+            raise self._error
         self.tokens.append(token)
         if token in self._eos:
             self.finished = True
@@ -94,28 +97,32 @@ class Generation:
         return run
 
     def mask_key(self) -> Hashable | None:
-        key = self._constraint.state_key()
+        try:
+            key = self._constraint.state_key()
+        except Exception as error:
+            self._error = error
+            return None
         if key is None or not self._must_go_on():
             return key
         return (key, "no eos")
 
     def mask_row(self) -> Row:
-        row = self._constraint.mask_row()
+        try:
+            row = self._constraint.mask_row()
+        except Exception as error:
+            # A user's own constraint may raise anything, and here the whole batch waits: the branch
+            # fails when its token arrives.
+            self._error = error
+            return self._vocabulary.eos_row
         if self._must_go_on():
-            without_eos = row & ~self._eos_row()
+            without_eos = row & ~self._vocabulary.eos_row
             if without_eos.any():
                 return without_eos
         # A dead end must still sample something: the end is the only honest token.
-        return row if row.any() else self._eos_row()
+        return row if row.any() else self._vocabulary.eos_row
 
     def _must_go_on(self) -> bool:
         return len(self.tokens) < self.request.min_tokens
-
-    def _eos_row(self) -> Row:
-        eos = TokenSet(self._vocabulary.size)
-        for token in self._eos:
-            eos[token] = True
-        return eos.row
 
     def _reached_stop(self, token: int) -> bool:
         stop = self.request.stop_at

@@ -73,6 +73,8 @@ def generate(
     if not isinstance(stop_at, (str, type(None))):
         raise TypeError(f"stop_at must be a string, not {type(stop_at).__name__}")
     vocabulary = branch.group.vocabulary
+    if constraint is not None and constraint.vocabulary is None:
+        constraint.vocabulary = vocabulary
     make = next(iter(given.values()), constraints.AnyText)
     return Generate(
         make(vocabulary),

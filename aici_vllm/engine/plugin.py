@@ -8,7 +8,11 @@ def register() -> None:
 
     Plain requests pass through untouched, and a vLLM that this package does not know is left alone.
     """
-    if compat.is_supported(compat.installed_version()):
+    try:
+        found = compat.installed_version()
+    except compat.UnsupportedVLLM:
+        return
+    if compat.is_supported(found):
         from aici_vllm.engine.admission import CONTROLLER, admit
 
         compat.admit_requests_with(admit)

@@ -460,7 +460,7 @@ def test_late_turn_makes_room(patient_pool: SandboxPool) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_process_lost_between_turns_costs_nothing(sent: signal.Signals) -> None:
     known = set(processes())
-    pool = SandboxPool(Limits(init_seconds=0.05), workers=1)
+    pool = SandboxPool(Limits(init_seconds=0.3), workers=1)
     assert texts(run_script(pool, script("await aici.FixedTokens('a')"))) == ["a"]
     (pid,) = set(processes()) - known
     os.kill(pid, sent)
