@@ -71,10 +71,10 @@ log_level = 1
 """From 1 on, fixed and generated text is logged; set it to 0 to be quiet."""
 
 
-def _ask(question: Callable[[_Branch], T]) -> T:
+def _ask(word: Callable[..., T], *args: Any) -> T:
     program = running_program()
     program.branch.log_level = log_level
-    return program.ask(question)
+    return program.ask(word, *args)
 
 
 def _branch() -> _Branch:
@@ -90,7 +90,7 @@ class Label:
     """A position in the text: `FixedTokens(..., following=label)` takes back what came after it."""
 
     def __init__(self) -> None:
-        self._mark = _ask(lambda branch: branch.mark())
+        self._mark = _ask(_Branch.mark)
         weakref.finalize(self, _branch().sequence.release, self._mark).atexit = False
 
     @property
@@ -100,15 +100,15 @@ class Label:
         Raises:
             ValueError: the text it stood in was taken back.
         """
-        return _ask(lambda branch: branch.sequence.position(self._mark))
+        return _ask(words.position, self._mark)
 
     def tokens_since(self) -> list[Token]:
         """The tokens after the label."""
-        return _ask(lambda branch: words.tokens_since(branch, self._mark))
+        return _ask(words.tokens_since, self._mark)
 
     def text_since(self) -> str:
         """The text after the label."""
-        return _ask(lambda branch: words.text_since(branch, self._mark))
+        return _ask(words.text_since, self._mark)
 
 
 class TokenSet(constraints.TokenSet):
@@ -153,7 +153,7 @@ def all_tokens() -> constraints.TokenSet:
 
 def get_tokens() -> list[Token]:
     """All tokens so far, the prompt too."""
-    return _ask(lambda branch: list(branch.sequence.tokens))
+    return _ask(words.get_tokens)
 
 
 def get_prompt_len() -> int:
@@ -186,17 +186,17 @@ def backtrack_supported() -> bool:
 
 def get_var(name: str) -> bytes | None:
     """The value of a shared variable; None when it is not set."""
-    return _ask(lambda branch: words.get_var(branch, name))
+    return _ask(words.get_var, name)
 
 
 def set_var(name: str, value: str | bytes) -> None:
     """Set a variable for every branch of the request."""
-    _ask(lambda branch: words.set_var(branch, name, value))
+    _ask(words.set_var, name, value)
 
 
 def append_var(name: str, value: str | bytes) -> None:
     """Add to the end of a shared variable; a missing one starts empty."""
-    _ask(lambda branch: words.append_var(branch, name, value))
+    _ask(words.append_var, name, value)
 
 
 async def wait_vars(*names: str) -> list[bytes]:
@@ -264,7 +264,7 @@ class FixedTokens(NextToken):
     def __init__(self, text: str | bytes, following: Label | None = None):
         mark = None if following is None else following._mark
         self._following = following
-        self._fixed = _ask(lambda branch: words.fixed_text(branch, text, mark))
+        self._fixed = _ask(words.fixed_text, text, mark)
 
     def is_fixed(self) -> bool:
         return True

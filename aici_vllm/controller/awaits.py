@@ -39,7 +39,8 @@ class Generate(Awaitable):
     """Sample up to `max_tokens` tokens under `constraint`.
 
     Ends at EOS, when the constraint forces the end, when the text holds `stop_at`, or at
-    `max_tokens`. Result: the list of tokens, EOS included.
+    `max_tokens`. Result: the list of tokens, EOS included. `shared` says that the script made
+    `constraint` and may use it again.
     """
 
     constraint: Constraint
@@ -49,6 +50,7 @@ class Generate(Awaitable):
     store_var: str | None = None
     temperature: float | None = None
     top_p: float | None = None
+    shared: bool = False
 
 
 @dataclass(slots=True)

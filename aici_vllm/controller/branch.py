@@ -178,7 +178,7 @@ class Branch:
                 return self._raise(error)
         if not self._splice(at, awaited.tokens):
             return False
-        self.resume(awaited.tokens)
+        self.resume(list(awaited.tokens))
         return True
 
     def _generate(self, awaited: Generate) -> bool:

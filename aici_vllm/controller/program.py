@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from aici_vllm.controller.awaits import Awaitable
+from aici_vllm.controller.awaits import Awaitable, Decide, Decided, FixedText, Generate, WaitVars
 from aici_vllm.controller.errors import ControllerError, ReplayError
 
 if TYPE_CHECKING:
@@ -120,12 +120,12 @@ class NativeProgram:
         self.branch = branch
         self._coroutine: Generator[Any, Any, Any] | Coroutine[Any, Any, Any] | None = None
         self._turn: Turn | None = None
-        self._answers: list[Any] = []
-        self._replay: Iterator[Any] | None = None
+        self._told: list[_Result | _Answer] = []
+        self._replay: _Replay | None = None
 
     def resume(self, value: Any = None, error: Exception | None = None) -> None:
         if self._coroutine is not None:
-            self._answers.append(_Result(value, error))
+            self._told.append(_Result(_shape(self._turn), _own(value), error))
         self._run(value, error)
 
     def poll(self) -> Turn | None:
@@ -133,23 +133,36 @@ class NativeProgram:
 
     def fork(self, branch: "Branch") -> "NativeProgram":
         copy = NativeProgram(self._controller, self._arg, branch)
-        copy._catch_up(list(self._answers))
+        try:
+            copy._catch_up(list(self._told), _shape(self._turn))
+        except Exception:
+            copy.close()
+            raise
         return copy
 
     def close(self) -> None:
-        if self._coroutine is not None:
-            with self._running():
+        if self._coroutine is None:
+            return
+        with self._running():
+            try:
                 self._coroutine.close()
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                # The branch is over whatever its `finally` does; nobody is left to raise it in.
+                traceback.print_exc()
 
-    def ask(self, question: Callable[["Branch"], T]) -> T:
-        """Ask the branch something, or tell it: in a replay the answer is the recorded one."""
+    def ask(self, word: Callable[..., T], *args: Any) -> T:
+        """Ask the branch `word(branch, *args)`; in a replay the answer is the recorded one."""
+        question = (word, *args)
         if self._replay is not None:
-            answer = next(self._replay, None)
-            if not isinstance(answer, _Answer):
-                raise ReplayError("the controller asked something else the second time it ran")
-            return cast(T, answer.value)
-        answer = question(self.branch)
-        self._answers.append(_Answer(answer))
+            return cast(T, self._replay.answer(question))
+        try:
+            answer = word(self.branch, *args)
+        except Exception as error:
+            self._told.append(_Answer(question, None, error))
+            raise
+        self._told.append(_Answer(question, _own(answer), None))
         return answer
 
     def _run(self, value: Any, error: Exception | None) -> None:
@@ -161,7 +174,10 @@ class NativeProgram:
                 awaited = coroutine.send(value) if error is None else coroutine.throw(error)
             except StopIteration:
                 self._turn = Returned()
-            except Exception as caught:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as caught:
+                # `exit()` in a controller ends its branch, not the engine.
                 self._turn = Raised(error_line(caught), traceback.format_exc())
             else:
                 self._turn = self._check(awaited)
@@ -171,14 +187,15 @@ class NativeProgram:
             return awaited
         return Raised(f"TypeError: a controller can only await aici's own words, not {awaited!r}")
 
-    def _catch_up(self, answers: list[Any]) -> None:
-        self._answers = answers
-        self._replay = iter(list(answers))
+    def _catch_up(self, told: list["_Result | _Answer"], stands_at: Any) -> None:
+        """Run to the await of shape `stands_at`, told what the first run was told."""
+        self._told = told
+        self._replay = replay = _Replay(told)
         self._run(None, None)
-        for answer in self._replay:
-            if not isinstance(answer, _Result) or not isinstance(self._turn, Awaitable):
-                raise ReplayError("the controller stopped somewhere else the second time it ran")
-            self._run(answer.value, answer.error)
+        while (result := replay.result(self._turn)) is not None:
+            self._run(_own(result.value), result.error)
+        if _shape(self._turn) != stands_at:
+            raise replay.stray("did something else", self._turn)
         self._replay = None
 
     @contextlib.contextmanager
@@ -195,13 +212,87 @@ class NativeProgram:
 
 @dataclass(slots=True)
 class _Result:
+    """What an await of this shape was told."""
+
+    shape: Any
     value: Any
     error: Exception | None
 
 
 @dataclass(slots=True)
 class _Answer:
+    """What a question was answered: a word and its arguments."""
+
+    question: tuple[Any, ...]
     value: Any
+    error: Exception | None
+
+
+class _Replay:
+    """What a first run was told, in order, for a second run that must ask for the same."""
+
+    def __init__(self, told: list[_Result | _Answer]):
+        self._told = iter(list(told))
+        self._stray: ReplayError | None = None
+
+    def answer(self, question: tuple[Any, ...]) -> Any:
+        """The next answer, which must be to this question."""
+        told = next(self._told, None)
+        if self._stray is not None or not isinstance(told, _Answer) or told.question != question:
+            raise self.stray("asked for something else")
+        if told.error is not None:
+            raise told.error
+        return _own(told.value)
+
+    def result(self, turn: Turn | None) -> _Result | None:
+        """The next result, which must be that of `turn`'s await; None at the end."""
+        if self._stray is not None:
+            raise self._stray
+        told = next(self._told, None)
+        if told is None:
+            return None
+        if not isinstance(told, _Result) or told.shape != _shape(turn):
+            raise self.stray("did something else", turn)
+        _tell_constraint(turn, told)
+        return told
+
+    def stray(self, what: str, turn: Turn | None = None) -> ReplayError:
+        """The error of a run that left the path. It stands even if the controller catches it."""
+        ended = f" ({turn.message})" if isinstance(turn, Raised) else ""
+        self._stray = self._stray or ReplayError(
+            f"cannot fork: the controller {what} when it was run again for the new branch{ended}; a forking "
+            "controller must do the same each time, so keep clocks, randomness and outside state out of it"
+        )
+        return self._stray
+
+
+def _shape(turn: Turn | None) -> Any:
+    """What two turns have in common that ask for the same."""
+    match turn:
+        case FixedText():
+            return (FixedText, tuple(turn.tokens), turn.following)
+        case Generate():
+            options = (turn.max_tokens, turn.min_tokens, turn.stop_at, turn.store_var)
+            return (Generate, type(turn.constraint), *options, turn.temperature, turn.top_p)
+        case WaitVars():
+            return (WaitVars, turn.names)
+        case Decide():
+            return (Decide, len(turn.result.branches))
+    return type(turn)
+
+
+def _own(value: Any) -> Any:
+    """A copy of what a script is told: it may change its own."""
+    if isinstance(value, list):
+        return list(value)
+    return value._replace(tokens=list(value.tokens)) if isinstance(value, Decided) else value
+
+
+def _tell_constraint(turn: Turn | None, told: _Result) -> None:
+    """Advance the constraint of a replayed generation: the script may hold it and use it again."""
+    if isinstance(turn, Generate) and turn.shared and told.error is None:
+        for token in told.value:
+            turn.constraint.append_token(token)
 
 
 class _LogStream(io.TextIOBase):
@@ -209,5 +300,7 @@ class _LogStream(io.TextIOBase):
         self._branch = branch
 
     def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes str, not {type(text).__name__}")
         self._branch.log.write(text)
         return len(text)

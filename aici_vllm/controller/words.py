@@ -84,6 +84,7 @@ def generate(
         store_var=store_var,
         temperature=temperature,
         top_p=top_p,
+        shared=constraint is not None,
     )
 
 
@@ -137,6 +138,20 @@ def set_var(branch: Branch, name: str, value: str | bytes) -> None:
 def append_var(branch: Branch, name: str, value: str | bytes) -> None:
     """Add to the end of a variable; a missing one starts empty."""
     branch.group.variables.append(_check_name(name), _to_bytes(value))
+
+
+def get_tokens(branch: Branch) -> list[int]:
+    """All tokens so far, the prompt too."""
+    return list(branch.sequence.tokens)
+
+
+def position(branch: Branch, mark: int) -> int:
+    """How many tokens stand before `mark`.
+
+    Raises:
+        ValueError: the mark is gone.
+    """
+    return branch.sequence.position(mark)
 
 
 def tokens_since(branch: Branch, mark: int) -> list[int]:
