@@ -59,7 +59,7 @@ class Worker:
         except MontyCrashedError:
             self.restarts += 1
             self._pid = None
-            return Raised(watch.fault) if watch.fault else Raised(WORKER_DIED) if watch.began else LOST
+            return Raised(watch.fault or WORKER_DIED) if watch.began else LOST
 
     def check(self) -> float:
         """Kill the process if its turn broke a time limit. Seconds that the turn has run, 0 if none runs."""
