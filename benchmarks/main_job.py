@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from demo import SCRIPT, server  # noqa: E402 -- the demo's server is the one to measure
 
-
 BOS = "<|im_start|>"
 """The embedded model's; the plugin puts it in place of an empty prompt, so the calls start with it too."""
 

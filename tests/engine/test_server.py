@@ -42,7 +42,8 @@ class Server:
     def kv_usage(self) -> float:
         """The share of KV blocks in use."""
         metrics = self.http.get("/metrics").text
-        return max(float(line.split()[-1]) for line in re.findall(r"^vllm:kv_cache_usage_perc.*$", metrics, re.M))
+        lines = re.findall(r"^vllm:kv_cache_usage_perc.*$", metrics, re.MULTILINE)
+        return max(float(line.split()[-1]) for line in lines)
 
 
 def start_server(folder: Path, *flags: str) -> Iterator[Server]:
@@ -151,7 +152,8 @@ def test_fork_branches_fill_the_choices(server: Server) -> None:
 
 
 def test_a_stream_holds_back_what_a_label_may_take_back(server: Server) -> None:
-    body = "l = aici.Label(); await aici.gen_tokens(max_tokens=5); await aici.FixedTokens(' there', following=l)"
+    body = "l = aici.Label(); await aici.gen_tokens(max_tokens=5); "
+    body += "await aici.FixedTokens(' there', following=l)"
     chunks = [chunk.choices[0].text for chunk in server.complete(GREETING.format(body), stream=True)]
     assert "".join(chunks) == "Hello there"
 
