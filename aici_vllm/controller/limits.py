@@ -31,12 +31,17 @@ class Limits:
         """Limits from an operator's mapping of field names.
 
         Raises:
-            ValueError: a name is not a limit, or a value is not a positive number.
+            ValueError: a name is not a limit, or a value is not a positive number; only seconds may be
+                fractions.
         """
-        names = [field.name for field in fields(cls)]
+        kinds = {field.name: field.type for field in fields(cls)}
         for name, value in config.items():
-            if name not in names:
-                raise ValueError(f"unknown limit {name!r}; the limits are {', '.join(names)}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"limit {name} must be a positive number, not {value!r}")
+            if name not in kinds:
+                raise ValueError(f"unknown limit {name!r}; the limits are {', '.join(kinds)}")
+            whole = kinds[name] is int
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not value > 0:
+                raise ValueError(
+                    f"limit {name} must be a positive {'whole ' if whole else ''}number, not {value!r}"
+                )
         return cls(**config)
