@@ -17,7 +17,7 @@ from aici_vllm.controller.awaits import (
     Stop,
     WaitVars,
 )
-from aici_vllm.controller.decisions import BranchDecision
+from aici_vllm.controller.decisions import BranchDecision, checked
 from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.log import Log
 from aici_vllm.controller.program import Program, Raised, Returned
@@ -194,6 +194,10 @@ class Branch:
         if not branches:
             self.end("stop")
             return False
+        try:
+            branches = checked(branches, self.group.vocabulary.size)
+        except (TypeError, ValueError) as error:
+            return self._raise(error)
         if len(branches) == 1:
             return self._decide(0, branches[0])
         self.forks = branches
@@ -216,11 +220,6 @@ class Branch:
         return True
 
     def _decide(self, index: int, decision: BranchDecision) -> bool:
-        size = self.group.vocabulary.size
-        if any(token >= size for splice in decision.splices for token in splice.ff_tokens):
-            return self._raise(ValueError(f"ff_tokens holds a token id over the vocabulary's {size}"))
-        if decision.sample_mask is not None and not decision.sample_mask.num_set():
-            return self._raise(ValueError("sample_mask allows no token"))
         self._decided_index = index
         if decision.sample_mask is not None:
             self.sampling = MaskedToken(decision.sample_mask, decision.splices)

@@ -14,6 +14,11 @@ def _check_tokens(tokens: list[int], what: str) -> None:
         raise TypeError(f"{what} must be a list of token ids, not {tokens!r}")
 
 
+def _check_items(items: object, kind: type, what: str) -> None:
+    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+        raise TypeError(f"{what} must be a list of {kind.__name__.removesuffix('Decision')}, not {items!r}")
+
+
 @dataclass(slots=True, kw_only=True)
 class Splice:
     """Drop `backtrack` tokens, then append `ff_tokens`; only if `when_sampled` is empty or matches.
@@ -53,6 +58,9 @@ class BranchDecision:
     sample_mask: TokenSet | None = None
 
     def __post_init__(self) -> None:
+        _check_items(self.splices, Splice, "splices")
+        if not isinstance(self.sample_mask, (TokenSet, type(None))):
+            raise TypeError(f"sample_mask must be a TokenSet, not {type(self.sample_mask).__name__}")
         if self.sample_mask is None and not self.is_splice():
             raise ValueError("a branch without sample_mask needs exactly one splice with empty when_sampled")
 
@@ -71,6 +79,9 @@ class MidProcessResult:
 
     branches: list[BranchDecision]
     skip_me: bool = False
+
+    def __post_init__(self) -> None:
+        _check_items(self.branches, BranchDecision, "branches")
 
     def is_splice(self) -> bool:
         return len(self.branches) == 1 and self.branches[0].is_splice()
@@ -95,3 +106,31 @@ class MidProcessResult:
     def skip(cls) -> "MidProcessResult":
         """Do nothing and go on to the next await within the same step."""
         return cls([], skip_me=True)
+
+
+def checked(branches: list[BranchDecision], size: int) -> list[BranchDecision]:
+    """A copy of `branches` for the engine, of which the script holds no part.
+
+    Args:
+        size: of the vocabulary.
+
+    Raises:
+        TypeError, ValueError: the script has put something wrong into one of them.
+    """
+    return [_checked(branch, size) for branch in MidProcessResult(branches).branches]
+
+
+def _checked(branch: BranchDecision, size: int) -> BranchDecision:
+    splices = [
+        Splice(when_sampled=list(s.when_sampled), backtrack=s.backtrack, ff_tokens=list(s.ff_tokens))
+        for s in branch.splices
+    ]
+    mask = branch.sample_mask
+    copy = BranchDecision(splices=splices, sample_mask=mask.copy() if mask is not None else None)
+    if any(token >= size for splice in splices for token in splice.ff_tokens):
+        raise ValueError(f"ff_tokens holds a token id over the vocabulary's {size}")
+    if mask is not None and len(mask) != size:
+        raise ValueError(f"sample_mask is over {len(mask)} tokens and the vocabulary has {size}")
+    if mask is not None and not mask.num_set():
+        raise ValueError("sample_mask allows no token")
+    return copy

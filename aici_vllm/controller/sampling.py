@@ -142,7 +142,7 @@ class MaskedToken:
     top_p = None
 
     def __init__(self, mask: TokenSet, splices: list[Splice]):
-        self._mask = mask.row.copy()
+        self._mask = mask.row
         self.splices = splices
         self.token = -1
         self.finished = False
@@ -162,4 +162,4 @@ class MaskedToken:
 
     def matched(self) -> Splice | None:
         """The splice that replaces the plain append of the sampled token, if any."""
-        return next((splice for splice in self.splices if self.token in splice.when_sampled), None)
+        return next((s for s in self.splices if not s.when_sampled or self.token in s.when_sampled), None)
