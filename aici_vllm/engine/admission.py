@@ -85,7 +85,7 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> Any:
         return prompt
     _check_flags(vllm_config)
     _check_controller(vllm_config, params)
-    _check_combination(params)
+    _check_combination(vllm_config, prompt, params)
     if params.n > 1:
         params.extra_args[CHOICES] = params.n
     return _fill_empty(vllm_config, prompt)
@@ -121,7 +121,17 @@ def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
         raise BadRequestError(f"{CONTROLLER_ARG} must be a string, not {type(arg).__name__}")
 
 
-def _check_combination(params: SamplingParams) -> None:
+def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingParams) -> None:
+    for feature, used in {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+        "an encoder-decoder model": vllm_config.model_config.is_encoder_decoder,
+    }.items():
+        if used:
+            raise BadRequestError(f"this server uses {feature}, with which controllers do not work")
+    if isinstance(prompt, dict) and prompt.get("type", "token") != "token":
+        raise BadRequestError("a request with a controller takes text and tokens only as its prompt")
     if params.structured_outputs is not None:
         raise BadRequestError(
             "a request with a controller cannot use structured outputs too: constrain inside the script"

@@ -1,7 +1,6 @@
 """Which program a request's controller is: source in the sandbox, or a function in this process."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cloudpickle
 
@@ -21,18 +20,20 @@ class Programs:
         self._limits = limits
         self._sandbox: SandboxPool | None = None
 
-    def maker(self, controller: str | bytes, arg: str) -> Callable[[Branch], Program]:
-        """How to make the program of a request's first branch.
+    def make(self, controller: str | bytes, arg: str, branch: Branch) -> Program:
+        """The program of a request's first branch.
 
         Args:
             controller: source text, an installed name, or a pickled coroutine function.
+
+        Raises:
+            Exception: whatever loading somebody's function raises.
         """
-        if isinstance(controller, str) and not is_name(controller):
-            return lambda branch: self._sandboxed(controller, branch)
-        function: Any = (
-            load_installed(controller) if isinstance(controller, str) else cloudpickle.loads(controller)
-        )
-        return lambda branch: NativeProgram(function, arg, branch)
+        if isinstance(controller, bytes):
+            return NativeProgram(cloudpickle.loads(controller), arg, branch)
+        if is_name(controller):
+            return NativeProgram(load_installed(controller), arg, branch)
+        return self._sandboxed(controller, branch)
 
     def wait(self, seconds: float) -> None:
         """Give scripts in the sandbox up to `seconds` to end a turn."""

@@ -8,11 +8,11 @@ forked, spliced, parked, resumed, or ended (`_settle`).
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -37,7 +37,7 @@ from aici_vllm.engine.controlled import (
 from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
-from constraints import Vocabulary
+from aici_vllm.engine.vocabulary import model_vocabulary
 
 require_supported()
 
@@ -56,9 +56,7 @@ class Scheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         model_config = self.vllm_config.model_config
         self.limits = operator_limits(self.vllm_config)
-        self.vocabulary = Vocabulary.from_tokenizer(
-            cached_tokenizer_from_config(model_config), size=model_config.get_vocab_size()
-        )
+        self.vocabulary = model_vocabulary(model_config)
         self.programs = Programs(self.limits)
         words = self.vocabulary.num_words
         self.masks = MaskTable(max(2 * self.max_num_running_reqs, MASK_TABLE_BYTES // (4 * words)), words)
@@ -84,15 +82,14 @@ class Scheduler(AsyncScheduler):
         else:
             self._adopt(group, group.group.root, request)
         if len(group.members) + len(group.seats) == group.choices:
-            group.group.start(self.programs.maker(group.controller, group.group.arg))
+            group.group.start(partial(self.programs.make, group.controller, group.group.arg))
             self._settle(group)
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         ids = [request_ids] if isinstance(request_ids, str) else request_ids
         ids = list(self._groups) + list(self.requests) if ids is None else list(ids)
-        for request_id in ids:
-            self._forget(request_id)
-        return super().finish_requests(ids, finished_status)
+        ended = [request for request_id in ids for request in self._forget(request_id, finished_status)]
+        return ended + super().finish_requests(ids, finished_status)
 
     def get_num_unfinished_requests(self) -> int:
         unfinished = super().get_num_unfinished_requests()
@@ -296,7 +293,7 @@ class Scheduler(AsyncScheduler):
 
     # Ends.
 
-    def _finish(self, member: Controlled) -> None:
+    def _finish(self, member: Controlled, status: RequestStatus = RequestStatus.FINISHED_STOPPED) -> None:
         """Free a branch that has ended. Its choice closes, except the first, which brings the results."""
         member.finished = True
         member.times_taken_out += 1
@@ -304,10 +301,11 @@ class Scheduler(AsyncScheduler):
         if request.num_in_flight_tokens:
             member.discard_row()
         self._remove_from_queues(request)
-        request.status = RequestStatus.FINISHED_STOPPED
+        request.status = status
         self._free_request(request)
         del self._controlled[request.request_id]
-        if member.choice and member is not member.group.root:
+        gone = status is RequestStatus.FINISHED_ABORTED
+        if member.choice and member is not member.group.root and not gone:
             self._close_choice(member, None)
 
     def _finish_group(self, group: ControlledGroup) -> None:
@@ -335,20 +333,28 @@ class Scheduler(AsyncScheduler):
             output.stop_reason = json.dumps({RESULTS_KEY: found})
         self._send(request, output)
 
-    def _forget(self, request_id: str) -> None:
-        """The client has gone: end the whole request, or just the choice it gave up."""
+    def _forget(self, request_id: str, status: RequestStatus) -> list[Request]:
+        """The client has gone: end the whole request, or just the choice it gave up.
+
+        Returns the requests that had a choice, for whoever must still tell the client.
+        """
         group = self._groups.get(request_id)
         member = self._controlled.get(request_id)
         if group is not None:
             group.group.abort()
+            members = [member for member in group.members.values() if member.choice]
             for member in list(group.members.values()):
                 if not member.finished:
-                    self._finish(member)
+                    self._finish(member, status)
             self._drop(group)
-        elif member is not None:
+            return [member.request for member in members]
+        if member is not None:
             member.choice = False
             member.branch.end("abort")
+            self._finish(member, status)
             self._settle(member.group)
+            return [member.request]
+        return []
 
     def _drop(self, group: ControlledGroup) -> None:
         self._thinking.discard(group)
