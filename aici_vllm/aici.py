@@ -314,7 +314,8 @@ class ConstrainedToken(NextToken):
         allowed = TokenSet()
         self._constraint.allow_tokens(allowed)
         if not allowed.num_set():
-            print("Constraint doesn't allow any tokens; adding EOS")
+            if log_level >= 1:
+                print("Constraint doesn't allow any tokens; adding EOS")
             allowed[eos_token()] = True
         return MidProcessResult.bias(allowed)
 

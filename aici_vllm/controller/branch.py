@@ -150,7 +150,7 @@ class Branch:
         """Finish with an error that the client reads."""
         self.end("fail", message)
 
-    # Awaits, one by one. Each returns True when the program was resumed with a result.
+    # Awaits, one by one. Each returns True when the program was resumed and the branch can go on at once.
 
     def _begin(self, awaited: Awaitable) -> bool:
         match awaited:
@@ -167,7 +167,7 @@ class Branch:
             case Stop():
                 self.end("stop")
                 return False
-        raise TypeError(f"a branch does not know what to do with {awaited!r}")
+        return self._raise(TypeError(f"a controller cannot yield {awaited!r}: await one of aici's words"))
 
     def _fixed_text(self, awaited: FixedText) -> bool:
         at = len(self.sequence)
@@ -199,7 +199,8 @@ class Branch:
         except (TypeError, ValueError) as error:
             return self._raise(error)
         if len(branches) == 1:
-            return self._decide(0, branches[0])
+            # A round trip that changes nothing lets everybody else go first: scripts poll with it.
+            return self._decide(0, branches[0]) and branches[0] != BranchDecision.noop()
         self.forks = branches
         self.next = Next.FORK
         return False
@@ -224,8 +225,7 @@ class Branch:
         if decision.sample_mask is not None:
             self.sampling = MaskedToken(decision.sample_mask, decision.splices)
             self.next = Next.SAMPLE
-            self._ends_here()
-            return False
+            return self._await_token()
         splice = decision.splices[0]
         if not self._splice(len(self.sequence) - splice.backtrack, splice.ff_tokens):
             return False
@@ -237,11 +237,14 @@ class Branch:
     def _splice_forced(self, forced: list[int]) -> bool:
         """Splice what the sampling takes without being asked; True when that was all it wanted."""
         assert self.sampling is not None
-        if forced and not self._splice(len(self.sequence), forced):
+        room = self.group.context - len(self.sequence)
+        if forced and not self._splice(len(self.sequence), forced[:room]):
+            return False
+        if len(forced) > room:
+            self.end("length")
             return False
         if not self.sampling.finished:
-            self._ends_here()
-            return False
+            return self._await_token()
         if isinstance(self.sampling, Generation):
             return self._finish_generation(self.sampling)
         assert isinstance(self.sampling, MaskedToken)
@@ -254,6 +257,8 @@ class Branch:
                 self.group.variables.set(generation.request.store_var, text)
             except LimitError as error:
                 return self._raise(error)
+        if self.log_level >= 1 and generation.dead_end:
+            self.log.write("Constraint doesn't allow any tokens; adding EOS\n")
         if self.log_level >= 1:
             self.log.write(f"GEN: {text.decode(errors='replace')!r}\n")
         self.resume(generation.tokens)
@@ -300,6 +305,13 @@ class Branch:
             self.end("length")
             return False
         return True
+
+    def _await_token(self) -> bool:
+        """Leave it to the engine to sample; True when it cannot and the program was told."""
+        if not self.sequence.tokens:
+            return self._raise(ValueError("the model needs a token to go on from: all were taken back"))
+        self._ends_here()
+        return False
 
     def _ends_here(self) -> bool:
         """End the branch if no token may follow."""

@@ -52,7 +52,17 @@ class Sampling(Protocol):
 class Generation:
     """One `gen_tokens`: a constraint, a budget and a place to stop."""
 
-    __slots__ = ("_constraint", "_eos", "_error", "_tail", "_vocabulary", "finished", "request", "tokens")
+    __slots__ = (
+        "_constraint",
+        "_eos",
+        "_error",
+        "_tail",
+        "_vocabulary",
+        "dead_end",
+        "finished",
+        "request",
+        "tokens",
+    )
 
     def __init__(self, request: Generate, vocabulary: Vocabulary):
         self.request = request
@@ -62,6 +72,8 @@ class Generation:
         self._eos = frozenset(vocabulary.eos_token_ids)
         self._tail = b""
         self.tokens: list[int] = []
+        self.dead_end = False
+        """The text had to end where the constraint does not let it."""
         self.finished = request.max_tokens <= 0 or request.constraint.eos_forced()
 
     @property
@@ -78,6 +90,7 @@ class Generation:
         self.tokens.append(token)
         if token in self._eos:
             self.finished = True
+            self.dead_end = not self._constraint.eos_allowed()
             return
         self._constraint.append_token(token)
         self.finished = (
