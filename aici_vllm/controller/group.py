@@ -92,12 +92,13 @@ class Group:
         return woken
 
     def poll(self) -> list[Branch]:
-        """Advance the branches whose program's turn is over by now."""
+        """Advance the branches whose program's turn is over by now; those that did anything."""
         done: list[Branch] = []
         for branch in self.branches:
             if branch.next is Next.THINK:
+                before = branch.awaits
                 branch.advance()
-                if branch.next is not Next.THINK:
+                if branch.next is not Next.THINK or branch.awaits != before:
                     done.append(branch)
         return done
 
@@ -106,9 +107,12 @@ class Group:
         live = self.live
         if not live or any(branch.next is not Next.WAIT for branch in live):
             return False
-        for branch in live:
-            names = ", ".join(repr(name) for name in self.variables.missing(branch.wanted))
-            branch.end("deadlock", f"deadlock: every live branch waits, this one for {names}")
+        missing = [self.variables.missing(branch.wanted) for branch in live]
+        if not all(missing):
+            return False
+        for branch, names in zip(live, missing, strict=True):
+            named = ", ".join(map(repr, names))
+            branch.end("deadlock", f"deadlock: every live branch waits, this one for {named}")
         return True
 
     def abort(self) -> None:
