@@ -262,6 +262,8 @@ class FixedTokens(NextToken):
     """Append `text`, after taking back everything since the label `following`, in one splice."""
 
     def __init__(self, text: str | bytes, following: Label | None = None):
+        if not isinstance(following, (Label, type(None))):
+            raise TypeError(f"following= takes a Label, not {type(following).__name__}")
         mark = None if following is None else following._mark
         self._following = following
         self._fixed = _ask(words.fixed_text, text, mark)
@@ -437,11 +439,13 @@ class AiciCallbacks:
         raise NotImplementedError("an AiciCallbacks object must answer mid_process")
 
 
-class AiciAsync(AiciCallbacks):
-    """A coroutine as a controller; `start` and `aici_vllm.run` make it for you."""
+class AiciAsync:
+    """A coroutine function as a controller object: handing it over is handing over the function."""
 
-    def __init__(self, coroutine: Callable[..., Coroutine[Any, Any, Any]] | Coroutine[Any, Any, Any]):
-        self.coroutine = coroutine
+    def __init__(self, coroutine_function: Callable[..., Coroutine[Any, Any, Any]]):
+        if not inspect.iscoroutinefunction(coroutine_function):
+            raise TypeError(f"AiciAsync takes an async function, not {coroutine_function!r}")
+        self.coroutine_function = coroutine_function
 
 
 class _Round(NextToken):
@@ -457,13 +461,15 @@ class _Round(NextToken):
 
 async def _drive(callbacks: AiciCallbacks) -> None:
     callbacks.init_prompt(await GetPrompt())
-    backtrack, index = 0, 0
-    tokens: list[Token] = []
+    backtrack, tokens, group = 0, list[Token](), [0]
     while True:
-        result = callbacks.mid_process(backtrack, tokens, [index])
-        if not result.branches and not result.skip_me:
+        result = callbacks.mid_process(backtrack, tokens, group)
+        if result.skip_me:
+            result = MidProcessResult.noop()
+        if not result.branches:
             return
         backtrack, tokens, index = await _Round(result)
+        group = [index, *(other for other in range(len(result.branches)) if other != index)]
 
 
 def controller_from(made: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -474,6 +480,8 @@ def controller_from(made: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
     """
     if inspect.iscoroutinefunction(made):
         return made
+    if isinstance(made, AiciAsync):
+        return made.coroutine_function
     if isinstance(made, type) and issubclass(made, AiciCallbacks):
         return lambda: _drive(made())
     raise TypeError(f"a controller is an async function or a class of AiciCallbacks, not {made!r}")

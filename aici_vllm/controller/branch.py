@@ -141,7 +141,8 @@ class Branch:
             return
         self.next = Next.END
         self.finish_reason = reason
-        self.error = error
+        # An error may quote what UTF-8 cannot hold, and then could not be sent.
+        self.error = None if error is None else error.encode(errors="replace").decode()
         self.log.end_step()
         if self.program is not None:
             self.program.close()
@@ -183,6 +184,8 @@ class Branch:
 
     def _generate(self, awaited: Generate) -> bool:
         try:
+            missing = self.group.min_tokens - (len(self.sequence) - self.sequence.prompt_len)
+            awaited.min_tokens = max(awaited.min_tokens, missing)
             self.sampling = Generation(awaited, self.group.vocabulary)
             forced = self.sampling.take_forced()
         except Exception as error:

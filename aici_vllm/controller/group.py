@@ -19,6 +19,7 @@ class Group:
         vocabulary: of the model.
         prompt: its tokens; never empty.
         max_tokens: budget of each branch after the prompt; spliced tokens count.
+        min_tokens: how many tokens a branch has before a generation may end it with EOS.
         context: the longest sequence the model can hold.
         arg: the string that came with the controller.
     """
@@ -29,12 +30,14 @@ class Group:
         prompt: list[int],
         *,
         max_tokens: int,
+        min_tokens: int = 0,
         context: int,
         limits: Limits | None = None,
         arg: str = "",
     ):
         self.vocabulary = vocabulary
         self.max_tokens = max_tokens
+        self.min_tokens = min_tokens
         self.context = context
         self.limits = limits or Limits()
         self.arg = arg

@@ -4,6 +4,7 @@
 Bad arguments raise here, so the error stands at the line of the script that made it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import constraints
 from aici_vllm.controller.awaits import Decide, FixedText, Generate, WaitVars
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult
+from aici_vllm.controller.errors import LimitError
 from constraints import Constraint, Vocabulary
 
 
@@ -51,7 +53,8 @@ def generate(
     """Sample tokens under at most one constraint.
 
     Raises:
-        ValueError: two constraints, a number out of range, or a constraint that does not compile.
+        TypeError, ValueError: two constraints, a number out of range, something of another type, or a
+            constraint that does not compile.
     """
     sources: dict[str, Callable[[Vocabulary], Constraint] | None] = {
         "regex": regex if regex is None else lambda v: constraints.regex(v, regex),
@@ -59,7 +62,7 @@ def generate(
         "substring": substring
         if substring is None
         else lambda v: constraints.substring(v, substring, substring_end),
-        "options": options if options is None else lambda v: constraints.options(v, list(options)),
+        "options": options if options is None else lambda v: constraints.options(v, options),
         "grammar": grammar if grammar is None else lambda v: constraints.lark(v, grammar),
         "json_schema": json_schema
         if json_schema is None
@@ -73,15 +76,17 @@ def generate(
     if not isinstance(stop_at, (str, type(None))):
         raise TypeError(f"stop_at must be a string, not {type(stop_at).__name__}")
     vocabulary = branch.group.vocabulary
-    if constraint is not None and constraint.vocabulary is None:
-        constraint.vocabulary = vocabulary
+    if constraint is not None:
+        if not isinstance(constraint, Constraint):
+            raise TypeError(f"constraint must be a Constraint, not {type(constraint).__name__}")
+        constraint.vocabulary = constraint.vocabulary or vocabulary
     make = next(iter(given.values()), constraints.AnyText)
     return Generate(
         make(vocabulary),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         stop_at=stop_at.encode() if stop_at else None,
-        store_var=store_var,
+        store_var=None if store_var is None else _check_name(store_var),
         temperature=temperature,
         top_p=top_p,
         shared=constraint is not None,
@@ -99,7 +104,7 @@ def _check_numbers(
         )
     if not isinstance(min_tokens, int) or not 0 <= min_tokens <= max_tokens:
         raise ValueError(f"min_tokens must be from 0 to max_tokens, not {min_tokens!r}")
-    if temperature is not None and temperature < 0:
+    if temperature is not None and not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, not {temperature!r}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be over 0 and at most 1, not {top_p!r}")
@@ -109,8 +114,13 @@ def fork(branch: Branch, branches: int | list[BranchDecision]) -> Decide:
     """Become several branches: a number of equal ones, or one per decision.
 
     Raises:
+        LimitError: more branches than a request may ever make.
+        TypeError: neither a number nor a list.
         ValueError: fewer than one branch.
     """
+    most = branch.group.limits.branches_made
+    if isinstance(branches, int) and branches > most:
+        raise LimitError(f"too many forks (a request may make {most} branches in all)")
     if isinstance(branches, int):
         branches = [BranchDecision.noop() for _ in range(branches)]
     if not branches:
@@ -171,6 +181,7 @@ def text_since(branch: Branch, mark: int) -> str:
 def _check_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a variable's name must be a string, not {type(name).__name__}")
+    name.encode()  # A surrogate could not be sent to the client.
     return name
 
 

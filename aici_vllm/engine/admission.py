@@ -136,6 +136,8 @@ def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingPar
         raise BadRequestError(
             "a request with a controller cannot use structured outputs too: constrain inside the script"
         )
+    if params.stop or params.stop_token_ids:
+        raise BadRequestError("a request with a controller takes no stop strings or tokens: use stop_at=")
     if params.prompt_logprobs is not None:
         raise BadRequestError("a request with a controller cannot ask for prompt_logprobs")
     if params.logprobs is not None:

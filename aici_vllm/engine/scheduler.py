@@ -373,6 +373,7 @@ class Scheduler(AsyncScheduler):
                 self.vocabulary,
                 prompt,
                 max_tokens=request.max_tokens,
+                min_tokens=request.max_tokens if params.ignore_eos else params.min_tokens,
                 context=self.max_model_len,
                 limits=self.limits,
                 arg=args.get(CONTROLLER_ARG, ""),

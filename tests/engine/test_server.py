@@ -236,6 +236,29 @@ def test_structured_outputs_beside_a_controller_get_a_400(server: Server) -> Non
         )
 
 
+def test_min_tokens_and_ignore_eos_hold_off_the_end(server: Server) -> None:
+    script = "import aici\nasync def f():\n    await aici.gen_tokens(max_tokens=30)\naici.start(f())\n"
+    prompt = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n"
+    plain = server.run(script, prompt)["usage"]["sampled_tokens"]
+    assert plain < 25
+    for more in ({"min_tokens": 25}, {"ignore_eos": True}):
+        answer = server.client.completions.create(
+            model="m",
+            prompt=prompt,
+            max_tokens=200,
+            temperature=0.0,
+            extra_body={"vllm_xargs": {"controller": script}, **more},
+        )
+        assert answer.kv_transfer_params["controller"]["usage"]["sampled_tokens"] >= 25
+
+
+@pytest.mark.parametrize("more", [{"stop": ["x"]}, {"logprobs": 1}, {"extra": {"stop_token_ids": [5]}}])
+def test_parameters_that_would_be_ignored_get_a_400(server: Server, more: dict[str, Any]) -> None:
+    extra = {"vllm_xargs": {"controller": GREETING.format("pass")}, **more.pop("extra", {})}
+    with pytest.raises(openai.BadRequestError, match="controller"):
+        server.client.completions.create(model="m", prompt="", extra_body=extra, **more)
+
+
 FAILS_WHILE_RUNNING = {
     "raises first": ("import aici\nasync def f():\n    raise KeyError('k')\naici.start(f())\n", "KeyError"),
     "raises later": (GREETING.format("raise ValueError('later')"), "ValueError: later"),
