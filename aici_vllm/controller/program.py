@@ -120,12 +120,14 @@ class NativeProgram:
         self.branch = branch
         self._coroutine: Generator[Any, Any, Any] | Coroutine[Any, Any, Any] | None = None
         self._turn: Turn | None = None
+        self._shape: Any = None
+        """Of the turn as the script made it: a branch may change the await it carries out."""
         self._told: list[_Result | _Answer] = []
         self._replay: _Replay | None = None
 
     def resume(self, value: Any = None, error: Exception | None = None) -> None:
         if self._coroutine is not None:
-            self._told.append(_Result(_shape(self._turn), _own(value), error))
+            self._told.append(_Result(self._shape, _own(value), error))
         self._run(value, error)
 
     def poll(self) -> Turn | None:
@@ -134,7 +136,7 @@ class NativeProgram:
     def fork(self, branch: "Branch") -> "NativeProgram":
         copy = NativeProgram(self._controller, self._arg, branch)
         try:
-            copy._catch_up(list(self._told), _shape(self._turn))
+            copy._catch_up(list(self._told), self._shape)
         except Exception:
             copy.close()
             raise
@@ -181,6 +183,7 @@ class NativeProgram:
                 self._turn = Raised(error_line(caught), traceback.format_exc())
             else:
                 self._turn = self._check(awaited)
+        self._shape = _shape(self._turn)
 
     def _check(self, awaited: object) -> Turn:
         if isinstance(awaited, Awaitable):
@@ -194,7 +197,7 @@ class NativeProgram:
         self._run(None, None)
         while (result := replay.result(self._turn)) is not None:
             self._run(_own(result.value), result.error)
-        if _shape(self._turn) != stands_at:
+        if self._shape != stands_at:
             raise replay.stray("did something else", self._turn)
         self._replay = None
 
