@@ -10,6 +10,8 @@ from aici_vllm.agents.async_calls import (
     evaluate_condition_async,
     run_async,
 )
+from aici_vllm.agents.branches.condition import PrefixChecked, PrefixCondition
+from aici_vllm.agents.branches.sampler import AsyncEngineSampler, EngineSampler
 from aici_vllm.agents.calls import (
     AICall,
     AIClassify,
@@ -120,6 +122,7 @@ __all__ = [
     "AITemplate",
     "AbstractCodeOutcome",
     "AbstractScoringMethod",
+    "AsyncEngineSampler",
     "AsyncOpenAIModel",
     "AsyncSampler",
     "AsyncVLLMModel",
@@ -137,6 +140,7 @@ __all__ = [
     "CodeTimeout",
     "Conversation",
     "DataMessage",
+    "EngineSampler",
     "Message",
     "ModelCallError",
     "NoModelError",
@@ -144,6 +148,8 @@ __all__ = [
     "ParallelSampler",
     "PostOrderDFS",
     "PreOrderDFS",
+    "PrefixChecked",
+    "PrefixCondition",
     "Progress",
     "PromptSchema",
     "Reply",

@@ -193,7 +193,7 @@ def _extracted(message: AIMessage, return_type: type[BaseModel]) -> DataMessage:
         raise ModelCallError(
             f"The reply is not a valid {return_type.__name__}: {error}", body=message.content
         ) from error
-    kept = {entry.name: getattr(message, entry.name) for entry in fields(message)}
+    kept = {entry.name: getattr(message, entry.name) for entry in fields(DataMessage)}
     return DataMessage(**{**kept, "content": value})
 
 

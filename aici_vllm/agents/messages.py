@@ -80,12 +80,31 @@ class UserMessage:
 
 
 @dataclass(frozen=True)
+class TokenSequence:
+    """The tokens an engine had when it finished a reply: a conversation can go on from exactly these.
+
+    `prompt_text` and `reply_text` are what the prompt's and the reply's tokens stand for; the end-of-sequence
+    token is not among `reply_ids`.
+    """
+
+    prompt_text: str
+    prompt_ids: tuple[int, ...]
+    reply_text: str
+    reply_ids: tuple[int, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenSequence:
+        # Immutable, and trees are copied often.
+        return self
+
+
+@dataclass(frozen=True)
 class AIMessage:
     """One reply of a model.
 
     Replies of one request share `run_id`; `sample_id` counts them from 1 and is None when the reply is the
     only one. `log_prob` is the sum of the reply's token log-probabilities where the server gave them;
-    `tokens` is (prompt tokens, completion tokens). `run_id` does not take part in equality.
+    `tokens` is (prompt tokens, completion tokens). `sequence` holds the engine's tokens of a reply that was
+    sampled in a branch. `run_id` and `sequence` do not take part in equality.
     """
 
     content: str
@@ -94,6 +113,7 @@ class AIMessage:
     log_prob: float | None = None
     finish_reason: str | None = None
     tokens: tuple[int, int] | None = None
+    sequence: TokenSequence | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aici_vllm.agents.messages import AIMessage, Conversation, Message, SystemMessage, UserMessage, render
+from aici_vllm.agents.messages import (
+    AIMessage,
+    Conversation,
+    Message,
+    SystemMessage,
+    TokenSequence,
+    UserMessage,
+    render,
+)
 
 
 class PromptSchema(ABC):
@@ -32,6 +40,7 @@ class Reply:
     log_prob: float | None = None
     finish_reason: str | None = None
     tokens: tuple[int, int] | None = None
+    sequence: TokenSequence | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ def attach_replies(
             reply.log_prob,
             reply.finish_reason,
             reply.tokens,
+            reply.sequence,
         )
         for index, reply in enumerate(replies, start=1)
     ]
