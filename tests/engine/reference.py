@@ -41,7 +41,10 @@ class Reference:
         """The allowed tokens that share the best place, ties within `TIE` included."""
         best: list[int] = []
         floor = -math.inf
-        values, tokens = logits.sort(descending=True, stable=True)
+        few = min(64, len(logits))
+        values, tokens = logits.topk(few)
+        if not any(allowed(token) for token in tokens.tolist()):
+            values, tokens = logits.sort(descending=True)
         for value, token in zip(values.tolist(), tokens.tolist(), strict=True):
             if value < floor:
                 break
