@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -41,8 +40,6 @@ from aici_vllm.engine.vocabulary import model_vocabulary
 
 require_supported()
 
-logger = init_logger(__name__)
-
 MASK_TABLE_BYTES = 64 << 20
 SCRIPT_GRACE = 0.0005
 """Seconds that a step waits for scripts in the sandbox while there is other work."""
@@ -54,6 +51,11 @@ class Scheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if str(self.vllm_config.parallel_config.worker_cls).split(".")[0] != "aici_vllm":
+            raise ValueError(
+                "--scheduler-cls aici_vllm.Scheduler sends masks that only its own worker applies: "
+                "add --worker-cls aici_vllm.Worker"
+            )
         model_config = self.vllm_config.model_config
         self.limits = operator_limits(self.vllm_config)
         self.vocabulary = model_vocabulary(model_config)
