@@ -100,8 +100,11 @@ class _BranchSampler:
         forks.append(Fork(prompt, api_kwargs))
         return forks[-1]
 
-    def _request(self, fork: Fork, round: SampleRound) -> tuple[dict[str, Any], Any]:
-        """What the engine gets: the prompt's tokens, and sampling parameters that carry the program."""
+    def _request(self, fork: Fork, number: int, round: SampleRound) -> tuple[dict[str, Any], Any]:
+        """What the engine gets: the prompt's tokens, and sampling parameters that carry the program.
+
+        `number` counts the requests that are sent together: seeded ones must not draw the same.
+        """
         import aici_vllm
         from aici_vllm.agents.branches.program import branches_of
 
@@ -110,6 +113,8 @@ class _BranchSampler:
         plan = self._plan(fork, params, round)
         params.stop, params.stop_token_ids, params.max_tokens = [], [], None
         params.min_tokens, params.structured_outputs = 0, None
+        if params.seed is not None:
+            params.seed += number
         return (
             {"prompt_token_ids": list(fork.prompt.token_ids)},
             aici_vllm.request_params(branches_of(plan), sampling_params=params),
@@ -162,7 +167,7 @@ class EngineSampler(_BranchSampler):
         return self.engine.llm_engine.vllm_config
 
     def _answer(self, forks: list[Fork], round: SampleRound) -> None:
-        requests = [self._request(fork, round) for fork in forks]
+        requests = [self._request(fork, number, round) for number, fork in enumerate(forks)]
         prompts, params = [list(column) for column in zip(*requests, strict=True)]
         try:
             outputs = self.engine.generate(prompts, params, use_tqdm=False)
@@ -187,15 +192,16 @@ class AsyncEngineSampler(_BranchSampler):
         try:
             while questions.begin():
                 while asked := questions.open():
-                    await asyncio.gather(*(self._answer(fork, round) for fork in self._forks(asked)))
+                    forks = enumerate(self._forks(asked))
+                    await asyncio.gather(*(self._answer(fork, number, round) for number, fork in forks))
                     questions.answered()
                 for sample in questions.samples():
                     yield sample
         finally:
             questions.close()
 
-    async def _answer(self, fork: Fork, round: SampleRound) -> None:
-        prompt, params = self._request(fork, round)
+    async def _answer(self, fork: Fork, number: int, round: SampleRound) -> None:
+        prompt, params = self._request(fork, number, round)
         request_id = f"agents-branches-{os.getpid()}-{next(self._numbers)}"
         final: Any = None
         try:
