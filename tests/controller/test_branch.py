@@ -288,6 +288,8 @@ def test_a_forced_run_over_the_context_is_cut_there_like_a_sampled_one() -> None
     assert reasons(engine) == ["length"] and root_text(engine) == "abcdefg"
     engine = run(controller, max_tokens=5, context=9)
     assert reasons(engine) == ["length"] and root_text(engine) == "abcde"
+    engine = run(controller, max_tokens=100, context=14)
+    assert reasons(engine) == ["stop"] and root_text(engine) == "abcdefghijkl"
 
 
 def test_a_generation_larger_than_the_context_is_an_error_of_the_script() -> None:

@@ -88,6 +88,15 @@ def test_stops_after_the_token_in_which_the_text_holds_stop_at(pieces: list[str]
     assert running.tokens == ids[: len(running.tokens)]
 
 
+@pytest.mark.parametrize("stop", ["b", "ab", "aab", "aaab"])
+def test_stop_at_may_stand_across_any_number_of_tokens(stop: str) -> None:
+    running = generation(AnyText(VOCABULARY), stop_at=stop.encode())
+    accept(running, "aaa")
+    assert not running.finished
+    accept(running, "b")
+    assert running.finished
+
+
 def test_stop_at_is_found_in_forced_text_too() -> None:
     running = generation(constraints.regex(VOCABULARY, "abcdef"), stop_at=b"cd")
     assert running.take_forced() == list(b"abcd") and running.finished
