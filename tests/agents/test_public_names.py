@@ -21,6 +21,7 @@ print_samples samples_tree samples_html
 AICode AICodeFixer aicodefixer_feedback error_feedback
 CodeEmpty CodeFailedParse CodeFailedEval CodeFailedTimeout CodeSuccess
 OpenAIModel AsyncOpenAIModel VLLMModel AsyncVLLMModel ScriptedModel
+EngineSampler AsyncEngineSampler PrefixCondition PrefixChecked
 run_async airetry_async RetryBudgetExceeded TemplateNotFound ModelCallError
 """
 

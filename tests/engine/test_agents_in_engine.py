@@ -123,13 +123,13 @@ def steps_of(llm: LLM) -> Iterator[list[list[int]]]:
 @pytest.mark.parametrize("inplace", [False, True], ids=["appended", "in place"])
 def test_greedy_trees_are_equal(llm: LLM, inplace: bool) -> None:
     def play(**where: Any) -> AICall:
-        config = greedy(n_samples=2, max_retries=3, feedback_inplace=inplace)
-        call = run(AIGenerate(QUESTION, config=config, api_kwargs={"max_tokens": 8}, **where))
-        airetry(lambda x: "!" in last_output(x), call, "Louder.", max_retries=2)
+        config = greedy(n_samples=2, max_retries=2, feedback_inplace=inplace)
+        call = run(AIGenerate(QUESTION, config=config, api_kwargs={"max_tokens": 6}, **where))
+        airetry(lambda x: "!" in last_output(x), call, "Louder.", max_retries=1)
         return airetry(lambda x: last_output(x).islower(), call, lambda x: f"No: {last_output(x)}")
 
     client = play(model=VLLMModel(llm))
-    assert client.config.retries == 3
+    assert client.config.retries == 2
     assert tree(play(sampler=EngineSampler(llm))) == tree(client)
 
 
@@ -264,9 +264,9 @@ def test_samples_over_the_limit_become_several_requests(llm: LLM) -> None:
 def test_a_retry_continues_from_the_tokens_of_its_sample(llm: LLM) -> None:
     tokenizer = llm.get_tokenizer()
     api_kwargs = {"max_tokens": 24, "seed": 5, "temperature": 1.6}
-    call = AIGenerate("Tell me of Zürich 🦊.", config=RetryConfig(n_samples=8), api_kwargs=api_kwargs)
+    call = AIGenerate("Tell me of Zürich 🦊.", config=RetryConfig(n_samples=5), api_kwargs=api_kwargs)
     run(call, sampler=EngineSampler(llm))
-    airetry(lambda x: False, call, "Longer.", max_retries=2, sampler=EngineSampler(llm))
+    airetry(lambda x: False, call, "Longer.", max_retries=1, sampler=EngineSampler(llm))
     retokenized = 0
     for node in pre_order(call.samples):
         if node is call.samples or node.parent is call.samples:
@@ -370,7 +370,7 @@ def test_the_asynchronous_engine(engine: Engines, llm: LLM) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     def play_kwargs() -> dict[str, Any]:
-        return {"config": greedy(n_samples=3, max_retries=2), "api_kwargs": {"max_tokens": 12}}
+        return {"config": greedy(n_samples=2, max_retries=1), "api_kwargs": {"max_tokens": 6}}
 
     client = run(AIGenerate(VLLMModel(llm), QUESTION, **play_kwargs()))
     airetry(lambda x: False, client, "In lowercase.")
