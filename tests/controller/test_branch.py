@@ -500,6 +500,32 @@ def test_a_users_constraint_that_raises_is_an_error_at_its_await(method: str) ->
     assert reasons(engine) == ["stop"] and root_text(engine).endswith("on")
 
 
+def test_a_token_that_a_constraint_refuses_leaves_the_branch_to_its_script() -> None:
+    async def controller() -> None:
+        with pytest.raises(ValueError, match="is not allowed here"):
+            await aici.gen_tokens(regex="[ab]+")
+        await aici.FixedTokens("on")
+        await aici.gen_tokens(max_tokens=1)
+
+    engine = engine_of(controller)
+    assert engine.group.root.accept(ord("z")) is False
+    assert root_text(engine) == "zon" and engine.group.root.next is Next.SAMPLE
+
+
+def test_each_step_of_a_script_has_its_own_room_in_the_log() -> None:
+    async def controller() -> None:
+        for step in "abc":
+            print(step * 20)
+            await aici.gen_tokens(max_tokens=1)
+
+    try:
+        aici.log_level = 0
+        engine = run(controller, limits=Limits(log_bytes=5))
+    finally:
+        aici.log_level = 1
+    assert logs(engine) == "aaaa\nbbbb\ncccc\n"
+
+
 # What may be streamed.
 
 
