@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,6 +326,19 @@ def test_airetry_tells_the_engine_its_condition(llm: LLM) -> None:
     retried = [reply_of(node) for node in pre_order(call.samples) if node.parent not in (None, call.samples)]
     assert retried or call.success
     assert all(reply.finish_reason == "condition" or reply.content.startswith("Z") for reply in retried)
+
+
+def test_the_example(llm: LLM) -> None:
+    path = Path(__file__).parents[2] / "examples" / "agents" / "branches.py"
+    spec = importlib.util.spec_from_file_location("example_branches", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    call = example.ask(llm)
+    replies = [reply_of(node) for node in call.samples if node is not call.samples]
+    assert all(len(reply.content.split()) <= 2 for reply in replies)
+    assert {reply.finish_reason for reply in replies} <= {"stop", "condition"}
+    assert not call.success or example.one_word(last_output(call))
 
 
 def test_failures_leave_tree_and_engine_in_order(llm: LLM) -> None:

@@ -1,0 +1,220 @@
+"""Retries from the client against retries as branches in the engine: tokens computed and wall time.
+
+Each way plays the same search on the embedded model, with prefix caching on: rounds of samples, each followed
+by a check that fails and by feedback. The ways are: one request per sample, one after the other; one request
+with `n` per round; branches; and branches whose condition is checked while they write. All but the second
+are greedy, for which vLLM takes no `n`.
+
+    python benchmarks/agents.py [--rounds 2] [--samples 4] [--retries 2] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# This folder holds a program called constraints.py, which must not pass for the package.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# Counting happens in the engine's workers, and functions travel there only with this.
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+REPLY_TOKENS = 20
+QUESTION = """You are checking the notes of a weather station. The notes of the last days are:
+{notes}
+Write one sentence about the weather of these days. Use capital letters only."""
+NOTES = "\n".join(
+    f"- Day {day}: {kind}, {7 * day % 30} degrees, wind of {day * 3 % 17} km/h from the {side}."
+    for day, (kind, side) in enumerate(
+        [("rain", "north"), ("fog", "east"), ("sunshine", "south"), ("snow", "west")] * 4, start=1
+    )
+)
+FEEDBACK = "Not all letters are capital letters. Write the sentence again in capital letters."
+
+
+@dataclass
+class Cost:
+    """What one search cost.
+
+    Attributes:
+        samples, rounds: of the search.
+        steps: forward passes of the engine.
+        prefilled_tokens: tokens computed that were not just sampled: prompts as far as no KV was there.
+        sampled_tokens: of the replies.
+    """
+
+    samples: int
+    rounds: int
+    steps: int
+    prefilled_tokens: int
+    sampled_tokens: int
+    seconds: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="times every way is measured")
+    parser.add_argument("--samples", type=int, default=4, help="samples in a round")
+    parser.add_argument("--retries", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    console = Console()
+    console.width = max(console.width, 110)
+    llm = engine()
+    ways = ways_of(llm)
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
+    trees = {}
+    for number in range(arguments.rounds + 1):
+        for name, way in ways.items():
+            cost, trees[name] = measure(llm, way, arguments.samples, arguments.retries)
+            if number:  # The first round warms up.
+                costs[name].append(cost)
+    show(console, costs, trees)
+    if arguments.json:
+        rows = {name: [asdict(cost) for cost in found] for name, found in costs.items()}
+        arguments.json.write_text(json.dumps({"machine": machine(), "rounds": rows}, indent=2))
+    return 0
+
+
+def engine() -> Any:
+    """The embedded model in a vLLM that runs controllers."""
+    from vllm import LLM
+
+    import aici_vllm
+
+    return LLM(
+        str(aici_vllm.embedded_model()),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        enable_prefix_caching=True,
+        **aici_vllm.engine_args(),
+    )
+
+
+def in_capitals(text: str) -> bool:
+    """Whether a reply may still be what was asked for."""
+    return text == text.upper()
+
+
+def ways_of(llm: Any) -> dict[str, Callable[[Any], Any]]:
+    """Name → the search, given its config."""
+    from aici_vllm.agents import (
+        AIGenerate,
+        EngineSampler,
+        PrefixChecked,
+        VLLMModel,
+        airetry,
+        last_output,
+        run,
+    )
+
+    def condition(call: Any) -> bool:
+        return in_capitals(last_output(call))
+
+    def search(config: Any, check: Any, **where: Any) -> Any:
+        question = QUESTION.format(notes=NOTES)
+        # All replies have one length, so that no way gains by luck; a check may end them earlier.
+        sampling = {"max_tokens": REPLY_TOKENS, "min_tokens": REPLY_TOKENS, **where.pop("sampling", {})}
+        call = run(AIGenerate(question, config=config, api_kwargs=sampling, **where))
+        return airetry(check, call, FEEDBACK)
+
+    checked = PrefixChecked(condition, in_capitals)
+    return {
+        "one request per sample": lambda config: search(config, condition, model=VLLMModel(llm)),
+        "one request with n": lambda config: search(
+            config,
+            condition,
+            model=VLLMModel(llm),
+            sampling={"n": config.n_samples, "temperature": 0.01},
+        ),
+        "branches": lambda config: search(config, condition, sampler=EngineSampler(llm)),
+        "branches, prefix checked": lambda config: search(
+            config, checked, sampler=EngineSampler(llm, condition=checked)
+        ),
+    }
+
+
+def measure(llm: Any, way: Callable[[Any], Any], samples: int, retries: int) -> tuple[Cost, list[Any]]:
+    """Play one search from an empty prefix cache; its cost, and its tree."""
+    from aici_vllm.agents import AIMessage, RetryConfig, pre_order
+
+    llm.reset_prefix_cache()
+    llm.collective_rpc(start_counting)
+    config = RetryConfig(n_samples=samples, max_retries=retries, temperature=0)
+    began = time.perf_counter()
+    call = way(config)
+    seconds = time.perf_counter() - began
+    steps, computed = llm.collective_rpc(stop_counting)[0]
+    nodes = list(pre_order(call.samples))[1:]
+    replies = [[m for m in node.data if isinstance(m, AIMessage)][-1] for node in nodes]
+    sampled = sum(reply.tokens[1] for reply in replies)
+    # Each reply's tokens but the last go through the model once more, as input.
+    prefilled = computed - (sampled - len(replies))
+    rounds = 1 + call.config.retries
+    tree = [(len(node.children), node.wins, node.visits, node.data[-1].content) for node in nodes]
+    return Cost(len(replies), rounds, steps, prefilled, sampled, seconds), tree
+
+
+def start_counting(worker: Any) -> None:
+    """Count this worker's forward passes and the tokens they compute."""
+    runner = worker.model_runner
+    runner.counted = [0, 0]
+    execute = runner.execute_model
+
+    def counting(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        runner.counted[0] += scheduled.total_num_scheduled_tokens > 0
+        runner.counted[1] += scheduled.total_num_scheduled_tokens
+        return execute(scheduled, *args, **kwargs)
+
+    runner.execute_model = counting
+
+
+def stop_counting(worker: Any) -> list[int]:
+    """Count no longer; [forward passes, tokens]."""
+    del worker.model_runner.execute_model
+    counted: list[int] = worker.model_runner.counted
+    return counted
+
+
+def show(console: Console, costs: dict[str, list[Cost]], trees: dict[str, list[Any]]) -> None:
+    """Medians side by side, and whether the searches agree."""
+    measured = len(next(iter(costs.values())))
+    table = Table(title=f"medians of {measured} searches on {machine()}")
+    columns = ("samples", "rounds", "steps", "prefilled tokens", "sampled tokens", "seconds")
+    for heading in ("", *columns):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, found in costs.items():
+        medians = [
+            statistics.median(getattr(cost, column.replace(" ", "_")) for cost in found) for column in columns
+        ]
+        table.add_row(name, *(f"{value:g}" for value in medians[:-1]), f"{medians[-1]:.2f}")
+    console.print(table)
+    same = trees["one request per sample"] == trees["branches"]
+    console.print("replies per sample and in branches:", "equal" if same else "different")
+    shapes = [[row[:3] for row in tree] for tree in trees.values()]
+    same = shapes.count(shapes[0]) == len(shapes)
+    console.print("trees and checks of all ways:", "equal" if same else "different")
+
+
+def machine() -> str:
+    """Processor, cores and Python."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
