@@ -32,7 +32,9 @@ class Programs:
         if isinstance(controller, bytes):
             return NativeProgram(cloudpickle.loads(controller), arg, branch)
         if is_name(controller):
-            return NativeProgram(load_installed(controller), arg, branch)
+            from aici_vllm.aici import controller_from
+
+            return NativeProgram(controller_from(load_installed(controller)), arg, branch)
         return self._sandboxed(controller, branch)
 
     def wait(self, seconds: float) -> None:

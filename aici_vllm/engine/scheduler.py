@@ -233,7 +233,7 @@ class Scheduler(AsyncScheduler):
         child.adopt_tokens(fold=not self.use_v2_model_runner)
         request.update_block_hashes()
         if child.branch.next is not Next.END:
-            shared = min(parent.computed, kept, len(sequence) - 1)
+            shared = max(min(parent.computed, kept, len(sequence) - 1), 0)
             request.num_computed_tokens = share_prefix(self.kv_cache_manager, source, request, shared)
 
     def _adopt(self, group: ControlledGroup, branch: Branch, request: Request) -> Controlled:

@@ -36,6 +36,13 @@ async def many_branches() -> None:
     await aici.gen_tokens(max_tokens=3)
 
 
+async def pause() -> None:
+    await aici.FixedTokens(" one")
+    await aici.Noop()
+    await aici.gen_tokens(max_tokens=2)
+    await aici.Noop()
+
+
 def controlled(engine: Engines, regime: Regime) -> LLM:
     return engine(regime, "random", **aici_vllm.engine_args())
 
@@ -84,6 +91,13 @@ def test_an_empty_prompt_works(engine: Engines, regime: Regime) -> None:
     (result,) = aici_vllm.run(controlled(engine, regime), shout, [""], controller_arg="hi")
     assert result.branches[0].error is None
     assert len(result.prompt_token_ids) == 1
+
+
+def test_a_round_that_changes_nothing(engine: Engines) -> None:
+    (result,) = aici_vllm.run(controlled(engine, REGIMES[0]), pause, ["Start"])
+    assert result.branches[0].error is None
+    assert result.branches[0].finish_reason == "stop"
+    assert result.usage.sampled_tokens == 2
 
 
 def test_a_script_can_be_a_path_or_text(engine: Engines, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class Host:
         """The same for a copy of the script that goes on as `branch`."""
         copy = Host(branch)
         copy.constraints = {handle: constraint.fork() for handle, constraint in self.constraints.items()}
+        # A lexer's identifiers are the machine's: both copies go on adding to the same ones.
+        copy.lexers = dict(self.lexers)
         return copy
 
     def call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-# error: arguments of one call|too many forks|may become
+# error: arguments of one call|too many forks|may become|may compute
 import aici
 
 
