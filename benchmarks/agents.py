@@ -78,11 +78,12 @@ def main() -> int:
     ways = ways_of(llm)
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     trees = {}
-    for number in range(arguments.rounds + 1):
+    for way in ways.values():
+        measure(llm, way, arguments.samples, retries=0)
+    for _ in range(arguments.rounds):
         for name, way in ways.items():
             cost, trees[name] = measure(llm, way, arguments.samples, arguments.retries)
-            if number:  # The first round warms up.
-                costs[name].append(cost)
+            costs[name].append(cost)
     show(console, costs, trees)
     if arguments.json:
         rows = {name: [asdict(cost) for cost in found] for name, found in costs.items()}

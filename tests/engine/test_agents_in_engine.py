@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
 import aici_vllm
 from aici_vllm.agents import (
@@ -370,7 +370,7 @@ def test_the_model_asks_through_the_chat_template(llm: LLM) -> None:
         tokenize=False,
         add_generation_prompt=True,
     )
-    (plain,) = llm.generate([text], use_tqdm=False)
+    (plain,) = llm.generate([text], SamplingParams(max_tokens=1), use_tqdm=False)
     assert {first.tokens[0], second.tokens[0]} == {len(plain.prompt_token_ids or ())}
     assert first.log_prob <= second.log_prob < 0
     assert {first.sample_id, second.sample_id} == {1, 2} and first.run_id == second.run_id
