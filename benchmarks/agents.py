@@ -33,7 +33,7 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-REPLY_TOKENS = 20
+REPLY_TOKENS = 16
 QUESTION = """You are checking the notes of a weather station. The notes of the last days are:
 {notes}
 Write one sentence about the weather of these days. Use capital letters only."""
