@@ -79,7 +79,7 @@ def test_backtracking_leaves_no_stale_hash(engine: Engines, regime: Regime) -> N
     assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
-def test_a_branch_computes_one_token_of_what_it_shares(engine: Engines, regime: Regime) -> None:
+def test_a_fork_of_eight_samples_in_as_many_passes_as_tokens(engine: Engines, regime: Regime) -> None:
     llm = controlled(engine, regime)
     (result,) = aici_vllm.run(llm, many_branches, ["Start"])
     assert [branch.error for branch in result.branches] == [None] * 8
