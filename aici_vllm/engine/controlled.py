@@ -73,9 +73,10 @@ class Controlled:
         return sequence.kept < self.request.num_tokens or len(sequence) > self.request.num_tokens
 
     def discard_row(self) -> None:
-        """Count the row in flight as computed in vain."""
-        self.forward_passes -= 1
-        self.discarded += 1
+        """Count a row in flight as computed in vain, once."""
+        if self.request.num_in_flight_tokens > self.request.num_stale_output_tokens:
+            self.forward_passes -= 1
+            self.discarded += 1
 
     def take_settled(self) -> list[int]:
         """The tokens that the client may see next."""

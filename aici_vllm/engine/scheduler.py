@@ -274,9 +274,9 @@ class Scheduler(AsyncScheduler):
         self._remove_from_queues(request)
         if request.num_in_flight_tokens:
             # As vLLM does for a streaming session: the row's token was overtaken.
+            member.discard_row()
             request.drop_stale_output = True
             request.num_stale_output_tokens = request.num_in_flight_tokens
-            member.discard_row()
         request.num_computed_tokens = member.computed
         request.num_output_placeholders = 0
         request.spec_token_ids = []
@@ -300,8 +300,7 @@ class Scheduler(AsyncScheduler):
         member.finished = True
         member.times_taken_out += 1
         request = member.request
-        if request.num_in_flight_tokens:
-            member.discard_row()
+        member.discard_row()
         self._remove_from_queues(request)
         request.status = status
         self._free_request(request)
