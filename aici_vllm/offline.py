@@ -39,12 +39,15 @@ class Usage:
     Attributes:
         sampled_tokens, spliced_tokens: all that branches got, those taken back later too.
         forward_passes: steps a branch was computed in, summed over the branches.
-        discarded_rows: rows computed in vain because a splice overtook them (async scheduling).
+        computed_tokens: tokens whose KV these steps computed; the rest was shared or cached.
+        discarded_rows: rows computed in vain because a splice overtook them (async scheduling), a token
+            each.
     """
 
     sampled_tokens: int
     spliced_tokens: int
     forward_passes: int
+    computed_tokens: int
     discarded_rows: int
 
 

@@ -7,8 +7,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request
 
-from aici_vllm.controller.branch import Branch
+from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.group import Group
+from aici_vllm.controller.sampling import Sampling
 from aici_vllm.engine.masks import KEY
 
 FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -24,7 +25,9 @@ class Controlled:
         choice: the output has a reader: a choice of the client's request. Other branches are only
             reported in the results.
         parked: the request is in none of vLLM's queues.
+        awaited: a sibling waits for the KV that this branch computes next.
         forward_passes: steps in which this branch was computed.
+        computed_tokens: tokens computed in them.
         discarded: rows computed in vain because a splice overtook them.
         times_taken_out: how often a splice, a park or the end took the request out of the queues; a row
             scheduled before the last time is stale.
@@ -37,7 +40,9 @@ class Controlled:
     params: SamplingParams
     choice: bool = True
     parked: bool = True
+    awaited: bool = False
     forward_passes: int = 0
+    computed_tokens: int = 0
     discarded: int = 0
     times_taken_out: int = 0
     sent: int = 0
@@ -71,6 +76,25 @@ class Controlled:
         """Whether the branch's tokens differ from those the engine holds."""
         sequence = self.branch.sequence
         return sequence.kept < self.request.num_tokens or len(sequence) > self.request.num_tokens
+
+    def will_compute(self) -> bool:
+        """Whether the request is queued, and for the tokens that the branch wants."""
+        return not self.parked and self.branch.next is Next.SAMPLE and not self.must_splice()
+
+    def set_sampling(self, sampling: Sampling) -> bool:
+        """Sample as a script asks, else as the client asked; True if that differs from before."""
+        temperature = self.params.temperature if sampling.temperature is None else sampling.temperature
+        top_p = self.params.top_p if sampling.top_p is None else sampling.top_p
+        current = self.request.sampling_params
+        assert current is not None
+        if current.temperature == temperature and current.top_p == top_p:
+            return False
+        params = copy.copy(self.params)
+        params.temperature, params.top_p = temperature, top_p
+        params.__dict__.pop("sampling_type", None)
+        params.__post_init__()
+        self.request.sampling_params = params
+        return True
 
     def discard_row(self) -> None:
         """Count a row in flight as computed in vain, once."""
@@ -139,16 +163,3 @@ def child_request(parent: Controlled, branch: Branch, request_id: str) -> Reques
         cache_salt=source.cache_salt,
         priority=source.priority,
     )
-
-
-def with_sampling(params: SamplingParams, temperature: float | None, top_p: float | None) -> SamplingParams:
-    """`params` with another temperature or top_p; the same object where nothing differs."""
-    temperature = params.temperature if temperature is None else temperature
-    top_p = params.top_p if top_p is None else top_p
-    if params.temperature == temperature and params.top_p == top_p:
-        return params
-    changed = copy.copy(params)
-    changed.temperature, changed.top_p = temperature, top_p
-    changed.__dict__.pop("sampling_type", None)
-    changed.__post_init__()
-    return changed

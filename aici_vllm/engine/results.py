@@ -60,5 +60,6 @@ def _usage(members: list[Controlled]) -> dict[str, int]:
         "sampled_tokens": sum(member.branch.sequence.sampled for member in members),
         "spliced_tokens": sum(member.branch.sequence.spliced for member in members),
         "forward_passes": sum(member.forward_passes for member in members),
+        "computed_tokens": sum(member.computed_tokens for member in members),
         "discarded_rows": sum(member.discarded for member in members),
     }

@@ -23,19 +23,19 @@ from vllm.v1.request import Request, RequestStatus
 from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.group import Group
 from aici_vllm.engine.admission import CHOICES, CONTROLLER, CONTROLLER_ARG, is_controlled, operator_limits
-from aici_vllm.engine.blocks import keep_prefix, share_prefix
+from aici_vllm.engine.blocks import can_share, keep_prefix, share_prefix
 from aici_vllm.engine.compat import require_supported, wrap_allocation
 from aici_vllm.engine.controlled import (
     FINISH,
     Controlled,
     ControlledGroup,
     child_request,
-    with_sampling,
     worker_params,
 )
 from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
+from aici_vllm.engine.sharing import Source, best_source
 from aici_vllm.engine.vocabulary import model_vocabulary
 
 require_supported()
@@ -123,11 +123,12 @@ class Scheduler(AsyncScheduler):
         self._step_members = {}
         waits_for_token = False
         if self._controlled:
-            for request_id in scheduler_output.num_scheduled_tokens:
+            for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
                 member = self._controlled.get(request_id)
                 if member is not None:
                     self._step_members[request_id] = (member, member.times_taken_out)
                     member.forward_passes += 1
+                    member.computed_tokens += num_tokens
                     waits_for_token |= member.request.num_output_placeholders > 0
         super()._update_after_schedule(scheduler_output)
         # The mask of a row depends on the token that is still being sampled: let the forward pass run
@@ -175,6 +176,8 @@ class Scheduler(AsyncScheduler):
                 break
         else:
             self._send_settled(member)
+        if member.awaited:
+            self._unsettled[member.group] = None
         if request.status == RequestStatus.RUNNING:
             self.kv_cache_manager.cache_blocks(request, member.computed)
         return [], False
@@ -190,7 +193,10 @@ class Scheduler(AsyncScheduler):
                 self._fork(group, branch)
             going_on = bool(group.group.wake()) or bool(forking)
         group.group.end_deadlock()
-        for member in list(group.members.values()):
+        members = list(group.members.values())
+        for member in members:
+            member.awaited = False
+        for member in members:
             self._carry_out(member)
         if any(branch.next is Next.THINK for branch in group.group.branches):
             self._thinking.add(group)
@@ -208,10 +214,8 @@ class Scheduler(AsyncScheduler):
         elif member.branch.sampling is None or member.branch.next is not Next.SAMPLE:
             self._park(member)
         else:
-            sampling = member.branch.sampling
-            params = with_sampling(member.params, sampling.temperature, sampling.top_p)
-            if member.parked or member.must_splice() or params is not member.request.sampling_params:
-                member.request.sampling_params = params
+            changed = member.set_sampling(member.branch.sampling)
+            if changed or member.parked or member.must_splice():
                 self._resubmit(member)
 
     def _fork(self, group: ControlledGroup, branch: Branch) -> None:
@@ -249,7 +253,10 @@ class Scheduler(AsyncScheduler):
         return member
 
     def _resubmit(self, member: Controlled) -> None:
-        """Queue the request with the branch's tokens, computing only what has no KV yet."""
+        """Queue the request with the branch's tokens, computing only what has no KV yet.
+
+        It stays parked while a sibling computes text that both have.
+        """
         if not member.parked:
             self._take_out(member)
         request, sequence = member.request, member.branch.sequence
@@ -259,9 +266,21 @@ class Scheduler(AsyncScheduler):
         del request.block_hashes[sequence.kept // self.hash_block_size :]
         member.adopt_tokens(fold=not self.use_v2_model_runner)
         request.update_block_hashes()
+        if (source := self._source_of(member)) is not None:
+            if source.promised:
+                source.member.awaited = True
+                return
+            self.kv_cache_manager.free(request)
+            request.num_computed_tokens = share_prefix(
+                self.kv_cache_manager, source.member.request, request, source.num_tokens
+            )
         member.parked = False
         request.status = RequestStatus.WAITING
         self._enqueue_waiting_request(request)
+
+    def _source_of(self, member: Controlled) -> Source | None:
+        siblings = list(member.group.members.values())
+        return best_source(member, siblings) if can_share(self.kv_cache_manager) else None
 
     def _park(self, member: Controlled) -> None:
         """Take the request out of the queues; its KV stays until somebody needs the blocks."""

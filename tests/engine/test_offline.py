@@ -1,5 +1,6 @@
 """`aici_vllm.run` on an in-process engine, in every regime, beside plain requests."""
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,24 @@ async def many_branches() -> None:
     index = await aici.fork(8)
     await aici.FixedTokens(f" {index}")
     await aici.gen_tokens(max_tokens=3)
+
+
+async def fork_first() -> None:
+    await aici.fork(8)
+    await aici.gen_tokens(max_tokens=3)
+
+
+async def wait_for_the_first_child() -> None:
+    await aici.FixedTokens(LONG)
+    if await aici.fork(2) == 0:
+        (found,) = await aici.wait_vars("found")
+        await aici.FixedTokens(f" again {len(found)}")
+        await aici.gen_tokens(max_tokens=2)
+    else:
+        await aici.FixedTokens(" first")
+        await aici.gen_tokens(max_tokens=4, store_var="found")
+        # Ends after the waiting branch has gone on, so that its KV is still there to share.
+        await aici.gen_tokens(max_tokens=1)
 
 
 async def pause() -> None:
@@ -79,11 +98,34 @@ def test_backtracking_leaves_no_stale_hash(engine: Engines, regime: Regime) -> N
     assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
-def test_a_fork_of_eight_samples_in_as_many_passes_as_tokens(engine: Engines, regime: Regime) -> None:
+def prefixes(result: aici_vllm.ControllerResult) -> set[tuple[int, ...]]:
+    """Every text that some branch went on from: what must have been computed at least once."""
+    sequences = [result.prompt_token_ids + branch.token_ids for branch in result.branches]
+    return {tuple(tokens[:end]) for tokens in sequences for end in range(1, len(tokens))}
+
+
+@pytest.mark.parametrize("controller", [many_branches, wait_for_the_first_child])
+def test_branches_compute_what_they_share_once(
+    engine: Engines, regime: Regime, controller: Callable[[], Awaitable[None]]
+) -> None:
     llm = controlled(engine, regime)
-    (result,) = aici_vllm.run(llm, many_branches, ["Start"])
-    assert [branch.error for branch in result.branches] == [None] * 8
-    assert result.usage.forward_passes == result.usage.sampled_tokens == 24
+    assert llm.reset_prefix_cache()
+    (result,) = aici_vllm.run(llm, controller, ["Start"])
+    assert all(branch.error is None for branch in result.branches)
+    usage = result.usage
+    assert usage.forward_passes == usage.sampled_tokens
+    assert usage.computed_tokens - usage.discarded_rows == len(prefixes(result))
+    assert llm.reset_prefix_cache(), "blocks are still in use"
+
+
+def test_a_new_branch_computes_one_token_and_not_the_prompt(engine: Engines, regime: Regime) -> None:
+    llm = controlled(engine, regime)
+    assert llm.reset_prefix_cache()
+    (result,) = aici_vllm.run(llm, fork_first, [LONG])
+    usage = result.usage
+    assert usage.forward_passes == usage.sampled_tokens == 8 * 3
+    # The first branch computes the prompt; then every branch one token for each that it samples.
+    assert usage.computed_tokens - usage.discarded_rows == len(result.prompt_token_ids) + 2 + 7 * 3
     assert llm.reset_prefix_cache(), "blocks are still in use"
 
 

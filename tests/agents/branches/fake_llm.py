@@ -13,6 +13,7 @@ from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.group import Group
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import NativeProgram
+from aici_vllm.offline import Usage
 from constraints import Vocabulary
 from tests.controller.fake_engine import FakeEngine
 
@@ -109,7 +110,7 @@ def found(group: Group) -> dict[str, Any]:
             }
         )
     values = group.variables.snapshot()
-    usage = dict.fromkeys(("sampled_tokens", "spliced_tokens", "forward_passes", "discarded_rows"), 0)
+    usage = dict.fromkeys(Usage.__dataclass_fields__, 0)
     return {
         "branches": branches,
         "variables": {name: value.decode() for name, value in values.items()},
