@@ -21,6 +21,7 @@ class BranchResult:
         finish_reason: stop, length, fail, deadlock or abort.
         error: why it failed; None unless it did.
         logs: what the script printed, and what it fixed and generated.
+        checkpoint: the name under which the engine kept the branch; None if it did not.
     """
 
     index: int
@@ -30,6 +31,7 @@ class BranchResult:
     finish_reason: str
     error: str | None
     logs: str
+    checkpoint: str | None
 
 
 @dataclass(slots=True)
@@ -99,6 +101,8 @@ def run(
     sampling_params: "SamplingParams | None" = None,
     *,
     controller_arg: str = "",
+    checkpoint: str | None = None,
+    from_checkpoint: str | None = None,
     use_tqdm: bool = False,
 ) -> list[ControllerResult]:
     """Run a controller on every prompt; one result per prompt, in order.
@@ -109,13 +113,24 @@ def run(
             path of a script or its text.
         prompts: strings, or whatever else `llm.generate` takes.
         sampling_params: greedy and as long as the context allows by default.
+        checkpoint: a name under which the engine keeps each branch when it ends, as `checkpoint/index`.
+        from_checkpoint: such a name: the branch's text is the prompt, and `prompts` is `""`.
 
     Raises:
         vllm.exceptions.VLLMValidationError: the engine, the script or a prompt cannot do this; nothing ran.
         TypeError: `controller` is no coroutine function.
+        ValueError: several prompts and one `checkpoint`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    params = request_params(controller, controller_arg, sampling_params)
+    if checkpoint is not None and len(prompts) != 1:
+        raise ValueError(f"checkpoint={checkpoint!r} names the branches of one prompt, not of {len(prompts)}")
+    params = request_params(
+        controller,
+        controller_arg,
+        sampling_params,
+        checkpoint=checkpoint,
+        from_checkpoint=from_checkpoint,
+    )
     outputs = llm.generate([_never_empty(llm, prompt) for prompt in prompts], params, use_tqdm=use_tqdm)
     results = []
     for output in outputs:
@@ -129,14 +144,31 @@ def request_params(
     controller: Callable[..., Any] | str | Path,
     controller_arg: str = "",
     sampling_params: "SamplingParams | None" = None,
+    *,
+    checkpoint: str | None = None,
+    from_checkpoint: str | None = None,
+    drop_checkpoints: str | None = None,
 ) -> "SamplingParams":
-    """Sampling parameters that carry a controller, for `LLM.generate` and `AsyncLLM.generate`."""
+    """Sampling parameters that carry a controller, for `LLM.generate` and `AsyncLLM.generate`.
+
+    Args:
+        checkpoint: a name under which the engine keeps each branch when it ends, as `checkpoint/index`.
+        from_checkpoint: such a name: the branch's text is the prompt, which must be empty.
+        drop_checkpoints: a name whose checkpoints the engine forgets; `a` stands for `a/…` too.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=None) if sampling_params is None else sampling_params
     params = copy.copy(params)
-    extra = {"controller": _to_wire(controller), "controller_arg": controller_arg}
-    params.extra_args = {**(params.extra_args or {}), **extra}
+    extra = {
+        "controller": _to_wire(controller),
+        "controller_arg": controller_arg,
+        "controller_checkpoint": checkpoint,
+        "controller_from": from_checkpoint,
+        "controller_drop": drop_checkpoints,
+    }
+    given = {key: value for key, value in extra.items() if value is not None}
+    params.extra_args = {**(params.extra_args or {}), **given}
     return params
 
 

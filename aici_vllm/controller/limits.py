@@ -19,6 +19,8 @@ class Limits:
     """Branches of one request that may live at the same time."""
     branches_made: int = 1024
     """Branches of one request over its whole life, those that have ended too."""
+    checkpoints: int = 256
+    """Ended branches that the engine keeps for later requests, of all requests together."""
     memory: int = 64 << 20
     log_bytes: int = 64 << 10
     """Log kept per step; what is over is dropped, oldest first."""

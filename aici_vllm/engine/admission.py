@@ -3,7 +3,10 @@
 A request carries a controller in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`):
 
 - `controller`: source text, or the name of a controller that the operator installed;
-- `controller_arg`: a string for it.
+- `controller_arg`: a string for it;
+- `controller_checkpoint`: a name under which the engine keeps each branch when it ends, as `NAME/INDEX`;
+- `controller_from`: such a branch, whose text is this request's prompt;
+- `controller_drop`: a name whose checkpoints are not needed any more.
 """
 
 import functools
@@ -20,11 +23,17 @@ from aici_vllm.controller.limits import Limits
 
 CONTROLLER = "controller"
 CONTROLLER_ARG = "controller_arg"
+CHECKPOINT = "controller_checkpoint"
+FROM = "controller_from"
+DROP = "controller_drop"
 CHOICES = "controller_choices"
 """Set here for the engine: `n` of a request with more than one choice."""
 
 INSTALLED_GROUP = "aici_vllm.controllers"
 CONFIG_KEY = "aici"
+
+NAME_LENGTH = 200
+"""Characters in the name of a checkpoint."""
 
 _NAME = re.compile(r"[A-Za-z][\w.-]{0,99}")
 
@@ -85,6 +94,7 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> Any:
         return prompt
     _check_flags(vllm_config)
     _check_controller(vllm_config, params)
+    _check_checkpoints(vllm_config, prompt, params.extra_args or {})
     _check_combination(vllm_config, prompt, params)
     if params.n > 1:
         params.extra_args[CHOICES] = params.n
@@ -119,6 +129,17 @@ def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
     arg = args.get(CONTROLLER_ARG, "")
     if not isinstance(arg, str):
         raise BadRequestError(f"{CONTROLLER_ARG} must be a string, not {type(arg).__name__}")
+
+
+def _check_checkpoints(vllm_config: VllmConfig, prompt: Any, args: dict[str, Any]) -> None:
+    for key in (CHECKPOINT, FROM, DROP):
+        name = args.get(key, "checkpoint")
+        if not isinstance(name, str) or not 0 < len(name) <= NAME_LENGTH:
+            raise BadRequestError(f"{key} must be a name of 1 to {NAME_LENGTH} characters")
+    if FROM in args and isinstance(prompt, dict):
+        tokens = prompt.get("prompt_token_ids")
+        if tokens and tokens != empty_prompt(vllm_config):
+            raise BadRequestError(f"{FROM} brings its own text: send an empty prompt and splice what follows")
 
 
 def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingParams) -> None:

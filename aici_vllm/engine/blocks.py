@@ -53,6 +53,19 @@ def share_prefix(manager: KVCacheManager, parent: Request, child: Request, num_t
     return shared
 
 
+def move_prefix(manager: KVCacheManager, source: Request, target: Request, num_tokens: int) -> int:
+    """Hand the KV of the source's first `num_tokens` tokens over; returns how many `target` got.
+
+    The source has no block afterwards.
+    """
+    moved = keep_prefix(manager, source, num_tokens)
+    for group in manager.coordinator.single_type_managers:
+        if source.request_id in group.req_to_blocks:
+            group.req_to_blocks[target.request_id] = group.req_to_blocks.pop(source.request_id)
+            group.num_cached_block[target.request_id] = group.num_cached_block.pop(source.request_id)
+    return moved
+
+
 def _keep_group_prefix(group: SingleTypeKVCacheManager, request_id: str, num_tokens: int) -> int:
     blocks = group.req_to_blocks.get(request_id)
     if not blocks:

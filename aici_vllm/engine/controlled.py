@@ -32,6 +32,7 @@ class Controlled:
         times_taken_out: how often a splice, a park or the end took the request out of the queues; a row
             scheduled before the last time is stale.
         sent: tokens after the prompt that the client already has.
+        checkpoint: the name under which the ended branch is kept.
     """
 
     request: Request
@@ -46,6 +47,7 @@ class Controlled:
     discarded: int = 0
     times_taken_out: int = 0
     sent: int = 0
+    checkpoint: str | None = None
     finished: bool = False
 
     @property
@@ -118,6 +120,9 @@ class ControlledGroup:
         root_id: id of the request that the client sent.
         choices: how many choices the client asked for; `seats` are those not taken by a branch yet.
         members: branch index → what computes it.
+        start: the checkpoint that the prompt and its KV come from; `refused` says why there is none.
+        checkpoint: the name under which branches are kept when they end.
+        drop: the name of checkpoints to forget once the request has begun.
     """
 
     group: Group
@@ -125,6 +130,10 @@ class ControlledGroup:
     controller: str | bytes
     choices: int
     streamed: bool
+    start: Request | None = None
+    refused: str | None = None
+    checkpoint: str | None = None
+    drop: str | None = None
     seats: dict[int, Request] = field(default_factory=dict)
     members: dict[int, Controlled] = field(default_factory=dict)
 

@@ -42,6 +42,7 @@ def _branch(member: Controlled) -> dict[str, Any]:
         "finish_reason": branch.finish_reason,
         "error": branch.error,
         "logs": str(branch.log),
+        "checkpoint": member.checkpoint,
     }
 
 

@@ -21,9 +21,20 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from aici_vllm.controller.branch import Branch, Next
+from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.controller.group import Group
-from aici_vllm.engine.admission import CHOICES, CONTROLLER, CONTROLLER_ARG, is_controlled, operator_limits
+from aici_vllm.engine.admission import (
+    CHECKPOINT,
+    CHOICES,
+    CONTROLLER,
+    CONTROLLER_ARG,
+    DROP,
+    FROM,
+    is_controlled,
+    operator_limits,
+)
 from aici_vllm.engine.blocks import can_share, keep_prefix, share_prefix
+from aici_vllm.engine.checkpoints import Checkpoints
 from aici_vllm.engine.compat import require_supported, wrap_allocation
 from aici_vllm.engine.controlled import (
     FINISH,
@@ -62,6 +73,7 @@ class Scheduler(AsyncScheduler):
         self.programs = Programs(self.limits)
         words = self.vocabulary.num_words
         self.masks = MaskTable(max(2 * self.max_num_running_reqs, MASK_TABLE_BYTES // (4 * words)), words)
+        self.checkpoints = Checkpoints(self.kv_cache_manager, self.limits.checkpoints)
         self._groups: dict[str, ControlledGroup] = {}
         self._controlled: dict[str, Controlled] = {}
         self._thinking: set[ControlledGroup] = set()
@@ -82,9 +94,12 @@ class Scheduler(AsyncScheduler):
         if index:
             group.seats[index] = request
         else:
-            self._adopt(group, group.group.root, request)
+            self._adopt_root(group, request)
         if len(group.members) + len(group.seats) == group.choices:
-            group.group.start(partial(self.programs.make, group.controller, group.group.arg))
+            if group.refused is not None:
+                group.group.root.fail(group.refused)
+            else:
+                group.group.start(partial(self.programs.make, group.controller, group.group.arg))
             self._settle(group)
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
@@ -101,9 +116,8 @@ class Scheduler(AsyncScheduler):
         return unfinished + len(self._thinking) + len(self._outputs)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
-        if reset_running_requests:
-            while self._reclaim_blocks(None):
-                pass
+        while self.checkpoints.free_one() or (reset_running_requests and self._reclaim_blocks(None)):
+            pass
         return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
 
     def shutdown(self) -> None:
@@ -224,12 +238,12 @@ class Scheduler(AsyncScheduler):
             seat = group.seats.pop(child.index, None)
             request = seat or child_request(parent, child, f"{group.root_id}/{child.index}")
             member = self._adopt(group, child, request)
-            self._inherit(parent, member, choice=seat is not None)
+            member.choice = seat is not None
+            self._inherit(parent.request, parent.computed, member)
 
-    def _inherit(self, parent: Controlled, child: Controlled, choice: bool) -> None:
-        """Give a forked child its tokens and the parent's KV under them."""
-        child.choice = choice
-        source, request, sequence = parent.request, child.request, child.branch.sequence
+    def _inherit(self, source: Request, computed: int, child: Controlled) -> None:
+        """Give a branch its tokens, and the KV under them from a request that has `computed` of it."""
+        request, sequence = child.request, child.branch.sequence
         kept = min(sequence.kept, source.num_tokens)
         request._block_hasher = source._block_hasher
         request.block_hashes = source.block_hashes[: kept // self.hash_block_size]
@@ -237,8 +251,15 @@ class Scheduler(AsyncScheduler):
         child.adopt_tokens(fold=not self.use_v2_model_runner)
         request.update_block_hashes()
         if child.branch.next is not Next.END:
-            shared = max(min(parent.computed, kept, len(sequence) - 1), 0)
+            shared = max(min(computed, kept, len(sequence) - 1), 0)
             request.num_computed_tokens = share_prefix(self.kv_cache_manager, source, request, shared)
+
+    def _adopt_root(self, group: ControlledGroup, request: Request) -> None:
+        member = self._adopt(group, group.group.root, request)
+        if group.start is not None:
+            self._inherit(group.start, group.start.num_computed_tokens, member)
+        if group.drop is not None:
+            self.checkpoints.drop(group.drop)
 
     def _adopt(self, group: ControlledGroup, branch: Branch, request: Request) -> Controlled:
         """Put a request under a branch; it is parked until the branch wants a token."""
@@ -321,6 +342,9 @@ class Scheduler(AsyncScheduler):
         request = member.request
         member.discard_row()
         self._remove_from_queues(request)
+        if member.group.checkpoint is not None and member.branch.finish_reason in FINISH:
+            member.checkpoint = f"{member.group.checkpoint}/{member.branch.index}"
+            self.checkpoints.take(member.checkpoint, member)
         request.status = status
         self._free_request(request)
         del self._controlled[request.request_id]
@@ -389,9 +413,10 @@ class Scheduler(AsyncScheduler):
         choices = args.get(CHOICES, 1)
         root_id = request.request_id if choices == 1 else f"0_{request.request_id.split('_', 1)[1]}"
         if root_id not in self._groups:
+            start, refused = self._checkpoint_of(request, args)
             group = Group(
                 self.vocabulary,
-                prompt,
+                prompt if start is None else list(start.all_token_ids),
                 max_tokens=request.max_tokens,
                 min_tokens=request.max_tokens if params.ignore_eos else params.min_tokens,
                 context=self.max_model_len,
@@ -399,8 +424,27 @@ class Scheduler(AsyncScheduler):
                 arg=args.get(CONTROLLER_ARG, ""),
             )
             streamed = params.output_kind is RequestOutputKind.DELTA
-            self._groups[root_id] = ControlledGroup(group, root_id, args[CONTROLLER], choices, streamed)
+            self._groups[root_id] = ControlledGroup(
+                group,
+                root_id,
+                args[CONTROLLER],
+                choices,
+                streamed,
+                start=start,
+                refused=refused,
+                checkpoint=args.get(CHECKPOINT),
+                drop=args.get(DROP),
+            )
         return self._groups[root_id]
+
+    def _checkpoint_of(self, request: Request, args: dict[str, Any]) -> tuple[Request | None, str | None]:
+        """The checkpoint a request goes on from, if any, or why it cannot."""
+        if FROM not in args:
+            return None, None
+        try:
+            return self.checkpoints.find(args[FROM], request), None
+        except BadRequestError as error:
+            return None, str(error)
 
     def _hear_from_scripts(self) -> None:
         """Go on with the groups whose scripts have decided."""
@@ -432,10 +476,14 @@ class Scheduler(AsyncScheduler):
         return allocate
 
     def _reclaim_blocks(self, wanting: Request | None) -> bool:
-        """Free the KV of one branch that does not run, parked ones first; False when there is none.
+        """Free the KV of a checkpoint, or else of one branch that does not run, parked ones first.
+
+        False when there is none.
 
         It is computed again, or found in the prefix cache, when the branch goes on.
         """
+        if self.checkpoints.free_one():
+            return True
         holders = [m for m in self._controlled.values() if m.request.num_computed_tokens and not m.finished]
         idle = [m for m in holders if m.request.status is RequestStatus.WAITING and m.request is not wanting]
         if not idle:
