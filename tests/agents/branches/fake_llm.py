@@ -107,6 +107,7 @@ def found(group: Group) -> dict[str, Any]:
                 "finish_reason": branch.finish_reason,
                 "error": branch.error,
                 "logs": str(branch.log),
+                "checkpoint": None,
             }
         )
     values = group.variables.snapshot()
