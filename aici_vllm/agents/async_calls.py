@@ -9,19 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from aici_vllm.agents.calls import AICall, effective_verbose
+from aici_vllm.agents.calls import AICall
 from aici_vllm.agents.messages import Conversation
-from aici_vllm.agents.retry import Evaluation, RetryLoop, check_arguments, checked_feedback, wanted
-from aici_vllm.agents.rounds import (
-    AsyncSampler,
-    SampleRound,
-    add_sample,
-    fail_round,
-    finish_round,
-    samples_of,
-    start_round,
-)
-from aici_vllm.agents.samples import SampleNode, backpropagate
+from aici_vllm.agents.retry import Evaluation, RetryLoop
+from aici_vllm.agents.rounds import AsyncSampler, SampleRound, collecting, samples_of
+from aici_vllm.agents.samples import SampleNode
 
 AsyncCondition: TypeAlias = Callable[[AICall], bool | Awaitable[bool]]
 AsyncFeedback: TypeAlias = str | Callable[[AICall], str | Awaitable[str]]
@@ -144,20 +136,11 @@ async def _run_round(
     condition: Callable[[AICall], Any] | None,
     kwargs: dict[str, Any],
 ) -> None:
-    catching = call.config.catch_errors if catch_errors is None else catch_errors
     own = call.sampler if hasattr(call.sampler, "sample_async") else None
     chosen: AsyncSampler = sampler or own or ParallelSampler(max_concurrency, progress)
-    round = start_round(call, kwargs, condition)
-    collected = 0
-    try:
-        async for conversation in chosen.sample_async(round):
-            add_sample(call, round, conversation)
-            collected += 1
-    except BaseException as error:
-        fail_round(call, error)
-        if not catching or not isinstance(error, Exception):
-            raise
-    finish_round(call, round, collected, effective_verbose(call, verbose))
+    with collecting(call, verbose, catch_errors, condition, kwargs) as collection:
+        async for conversation in chosen.sample_async(collection.round):
+            collection.add(conversation)
 
 
 async def evaluate_condition_async(
@@ -169,26 +152,11 @@ async def evaluate_condition_async(
     feedback_expensive: bool = False,
 ) -> tuple[bool, SampleNode]:
     """`evaluate_condition`, for conditions and feedback functions that may be asynchronous."""
-    check_arguments(condition, feedback)
-    with Evaluation(aicall, evaluate_all) as evaluation:
-        for node in evaluation.candidates():
-            passed = evaluation.record(node, await _settled(condition(aicall)))
-            if not passed and wanted(feedback) and not feedback_expensive:
-                node.feedback += checked_feedback(await _ask(feedback, aicall))
-            backpropagate(node, wins=passed, visits=1)
-        chosen = evaluation.chosen()
-        if evaluation.passed is None and wanted(feedback) and feedback_expensive:
-            evaluation.show(chosen)
-            chosen.feedback = checked_feedback(await _ask(feedback, aicall))
-    return evaluation.passed is not None, chosen
-
-
-async def _settled(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
-
-
-async def _ask(feedback: AsyncFeedback, call: AICall) -> Any:
-    return await _settled(feedback(call)) if callable(feedback) else feedback
+    with Evaluation(condition, aicall, feedback, evaluate_all, feedback_expensive) as evaluation:
+        for ask in evaluation.questions():
+            answer = ask(aicall)
+            evaluation.answer = await answer if inspect.isawaitable(answer) else answer
+    return evaluation.result()
 
 
 async def airetry_async(

@@ -10,14 +10,7 @@ from aici_vllm.agents.config import RetryConfig
 from aici_vllm.agents.functions import aiclassify, aiembed, aiextract, aigenerate, aiscan, prompt_messages
 from aici_vllm.agents.messages import MESSAGE_TYPES, AIMessage, Conversation, UserMessage
 from aici_vllm.agents.models.base import PromptSchema
-from aici_vllm.agents.rounds import (
-    Sampler,
-    SequentialSampler,
-    add_sample,
-    fail_round,
-    finish_round,
-    start_round,
-)
+from aici_vllm.agents.rounds import Sampler, SequentialSampler, collecting
 from aici_vllm.agents.samples import SampleNode, find_node
 from aici_vllm.agents.templates import AITemplate
 
@@ -197,11 +190,6 @@ def is_valid(aicall: AICall) -> bool:
     return aicall.success is True
 
 
-def effective_verbose(call: AICall, verbose: int) -> int:
-    """The verbosity of a run: the argument, or less if the call itself asks for less."""
-    return min(int(verbose), int(call.kwargs.get("verbose", verbose)))
-
-
 def run_round(
     call: AICall,
     verbose: int,
@@ -211,19 +199,10 @@ def run_round(
     kwargs: dict[str, Any],
 ) -> None:
     """Generate one round of samples and put them into the call's tree."""
-    catching = call.config.catch_errors if catch_errors is None else catch_errors
     chosen: Sampler = sampler or call.sampler or SequentialSampler()
-    round = start_round(call, kwargs, condition)
-    collected = 0
-    try:
-        for conversation in chosen.sample(round):
-            add_sample(call, round, conversation)
-            collected += 1
-    except BaseException as error:
-        fail_round(call, error)
-        if not catching or not isinstance(error, Exception):
-            raise
-    finish_round(call, round, collected, effective_verbose(call, verbose))
+    with collecting(call, verbose, catch_errors, condition, kwargs) as collection:
+        for conversation in chosen.sample(collection.round):
+            collection.add(conversation)
 
 
 class Runnable(Protocol):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-from aici_vllm.agents.calls import AICall, effective_verbose, run_round
+from aici_vllm.agents.calls import AICall, run_round
 from aici_vllm.agents.errors import RetryBudgetExceeded
 from aici_vllm.agents.feedback import add_feedback
-from aici_vllm.agents.rounds import Sampler
+from aici_vllm.agents.rounds import Sampler, effective_verbose
 from aici_vllm.agents.samples import SampleNode, backpropagate, pre_order
 from aici_vllm.agents.scoring import select_best
 
@@ -22,16 +22,31 @@ Feedback: TypeAlias = str | Callable[[AICall], str]
 
 
 class Evaluation:
-    """One check over a call's samples, as a context: the steps between the user's functions.
+    """One check over a call's samples, as a context: all of it but calling the user's functions.
 
-    On leaving, the call shows the sample it showed before. If an exception leaves the context, the
-    statistics, flags and feedback of the samples are put back as well, so the check can be repeated.
+    For each of `questions()` the function it names is called, and its value is put into `answer`. On leaving,
+    the call shows the sample it showed before. If an exception leaves the context, the statistics, flags and
+    feedback of the samples are put back as well, so the check can be repeated.
+
+    Raises TypeError for a condition that cannot be called, and for feedback that is neither a string nor a
+    function.
     """
 
-    def __init__(self, call: AICall, evaluate_all: bool) -> None:
+    def __init__(
+        self, condition: Any, call: AICall, feedback: Any, evaluate_all: bool, feedback_expensive: bool
+    ) -> None:
+        if not callable(condition):
+            raise TypeError(f"The condition must be a function of the call, got {type(condition).__name__}.")
+        if not (isinstance(feedback, str) or callable(feedback)):
+            raise TypeError(
+                f"Feedback must be a string or a function of the call, got {type(feedback).__name__}."
+            )
         self.call = call
-        self.evaluate_all = evaluate_all
-        self.passed: SampleNode | None = None
+        self.answer: Any = None
+        self._condition, self._feedback = condition, _as_function(feedback)
+        self._evaluate_all, self._expensive = evaluate_all, feedback_expensive
+        self._passed: SampleNode | None = None
+        self._chosen = call.samples
         self._conversation, self._active = call.conversation, call.active_sample_id
         self._before = [
             (node, (node.wins, node.visits, node.success, node.feedback)) for node in pre_order(call.samples)
@@ -51,41 +66,64 @@ class Evaluation:
                 node.wins, node.visits, node.success, node.feedback = stats
         self.call.conversation, self.call.active_sample_id = self._conversation, self._active
 
-    def candidates(self) -> Iterator[SampleNode]:
+    def questions(self) -> Iterator[Callable[[AICall], Any]]:
+        """The user's functions in the order in which they are asked; the call shows the sample in question.
+
+        Raises TypeError for an answer of the wrong type.
+        """
+        for node in self._candidates():
+            yield self._condition
+            passed = self._record(node)
+            if not passed and self._feedback is not None and not self._expensive:
+                yield self._feedback
+                node.feedback += self._feedback_text()
+            backpropagate(node, wins=passed, visits=1)
+        if self._passed is None:
+            config = self.call.config
+            # Once only: a scoring method may draw at random.
+            self._chosen = select_best(self.call.samples, config.scoring, config.ordering)
+            if self._feedback is not None and self._expensive:
+                self._show(self._chosen)
+                yield self._feedback
+                self._chosen.feedback = self._feedback_text()
+
+    def result(self) -> tuple[bool, SampleNode]:
+        """After the last question: whether a sample passed, and the last that did, else the best one."""
+        return (False, self._chosen) if self._passed is None else (True, self._passed)
+
+    def _candidates(self) -> Iterator[SampleNode]:
         """The samples to check, in pre-order, each shown by the call when it is handed out."""
         for node in pre_order(self.call.samples):
             is_active = node.id == self._active
-            if is_active or (self.evaluate_all and node.success is True):
-                self.show(node)
+            if is_active or (self._evaluate_all and node.success is True):
+                self._show(node)
                 yield node
 
-    def show(self, node: SampleNode) -> None:
-        """Make the call show this sample."""
+    def _show(self, node: SampleNode) -> None:
         self.call.conversation, self.call.active_sample_id = node.data, node.id
 
-    def record(self, node: SampleNode, passed: Any) -> bool:
-        """Mark the sample by the condition's answer. Raises TypeError when it is not a bool."""
-        if not isinstance(passed, bool):
-            raise TypeError(f"The condition must return True or False, got {type(passed).__name__}.")
-        if passed:
-            self.passed = node
+    def _record(self, node: SampleNode) -> bool:
+        """Mark the sample by the condition's answer."""
+        if not isinstance(self.answer, bool):
+            raise TypeError(f"The condition must return True or False, got {type(self.answer).__name__}.")
+        if self.answer:
+            self._passed = node
         else:
             node.success = False
-        return passed
+        return self.answer
 
-    def chosen(self) -> SampleNode:
-        """The last sample that passed, else the best one to retry from."""
-        if self.passed is not None:
-            return self.passed
-        config = self.call.config
-        return select_best(self.call.samples, config.scoring, config.ordering)
+    def _feedback_text(self) -> str:
+        """Feedback as a node keeps it, on a line of its own."""
+        if not isinstance(self.answer, str):
+            raise TypeError(f"Feedback must be a string, got {type(self.answer).__name__}.")
+        return "\n" + self.answer
 
 
-def checked_feedback(text: Any) -> str:
-    """Feedback as a node keeps it, on a line of its own. Raises TypeError when it is not a string."""
-    if not isinstance(text, str):
-        raise TypeError(f"Feedback must be a string, got {type(text).__name__}.")
-    return "\n" + text
+def _as_function(feedback: Feedback) -> Callable[[AICall], str] | None:
+    """Feedback as a function of the call; None when there is none."""
+    if isinstance(feedback, str):
+        return (lambda call: feedback) if feedback else None
+    return feedback
 
 
 def evaluate_condition(
@@ -104,37 +142,10 @@ def evaluate_condition(
     `condition` and a feedback function run, the call shows the sample in question. An exception from either
     leaves everything as it was before.
     """
-    check_arguments(condition, feedback)
-    with Evaluation(aicall, evaluate_all) as evaluation:
-        for node in evaluation.candidates():
-            passed = evaluation.record(node, condition(aicall))
-            if not passed and wanted(feedback) and not feedback_expensive:
-                node.feedback += checked_feedback(_ask(feedback, aicall))
-            backpropagate(node, wins=passed, visits=1)
-        chosen = evaluation.chosen()
-        if evaluation.passed is None and wanted(feedback) and feedback_expensive:
-            evaluation.show(chosen)
-            chosen.feedback = checked_feedback(_ask(feedback, aicall))
-    return evaluation.passed is not None, chosen
-
-
-def wanted(feedback: Any) -> bool:
-    """Whether there is feedback to give."""
-    return callable(feedback) or feedback != ""
-
-
-def _ask(feedback: Feedback, call: AICall) -> Any:
-    return feedback(call) if callable(feedback) else feedback
-
-
-def check_arguments(condition: Any, feedback: Any) -> None:
-    """Raise TypeError unless the condition can be called and the feedback is a string or can be called."""
-    if not callable(condition):
-        raise TypeError(f"The condition must be a function of the call, got {type(condition).__name__}.")
-    if not (isinstance(feedback, str) or callable(feedback)):
-        raise TypeError(
-            f"Feedback must be a string or a function of the call, got {type(feedback).__name__}."
-        )
+    with Evaluation(condition, aicall, feedback, evaluate_all, feedback_expensive) as evaluation:
+        for ask in evaluation.questions():
+            evaluation.answer = ask(aicall)
+    return evaluation.result()
 
 
 class RetryLoop:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,6 +111,73 @@ def samples_of(result: Any) -> list[Conversation]:
     return split_multi_samples(result)
 
 
+def effective_verbose(call: AICall, verbose: int) -> int:
+    """The verbosity of a run: the argument, or less if the call itself asks for less."""
+    return min(int(verbose), int(call.kwargs.get("verbose", verbose)))
+
+
+@contextmanager
+def collecting(
+    call: AICall,
+    verbose: int,
+    catch_errors: bool | None,
+    condition: Callable[[AICall], Any] | None,
+    kwargs: dict[str, Any],
+) -> Iterator[Collection]:
+    """One round of a call: hand each sample to `add` in the body, and the call is left in order after it.
+
+    An exception of the body is recorded in the call. It is raised unless errors are caught; an interrupt or
+    a cancellation always is. Samples added before it stay.
+    """
+    verbose = effective_verbose(call, verbose)
+    catching = call.config.catch_errors if catch_errors is None else catch_errors
+    collection = Collection(call, start_round(call, kwargs, condition))
+    try:
+        yield collection
+    except BaseException as error:
+        collection.fail(error)
+        if not catching or not isinstance(error, Exception):
+            raise
+    collection.finish(verbose)
+
+
+@dataclass
+class Collection:
+    """The samples of a round on their way into the call's tree."""
+
+    call: AICall
+    round: SampleRound
+    collected: int = 0
+
+    def add(self, conversation: Conversation) -> None:
+        """Put one sample into the tree and make it the active one."""
+        node = expand(self.round.parent, list(conversation), success=True)
+        self.call.active_sample_id = node.id
+        self.call.config.calls += 1
+        self.call.success = True
+        self.collected += 1
+
+    def fail(self, error: BaseException) -> None:
+        """Record that the round failed, and why; an interrupt or cancellation is no error of the call."""
+        self.call.success = False
+        if isinstance(error, Exception):
+            self.call.error = error
+
+    def finish(self, verbose: int) -> None:
+        """After the last sample: the call shows the active sample, and used arguments are dropped."""
+        call, config = self.call, self.call.config
+        if verbose >= 1 and self.collected < self.round.n_samples and config.calls >= config.max_calls:
+            logger.info("Max calls limit reached (calls: %d). Generation interrupted.", config.calls)
+        active = find_node(call.samples, call.active_sample_id)
+        if call.success is not True or active is None:
+            return
+        call.conversation = active.data
+        call.kwargs = remove_used_kwargs(call.kwargs, call.conversation)
+        if active.parent is call.samples and call.prompt_is_raw:
+            call.samples.data = list(call.conversation[:-1])
+            call.prompt_is_raw = False
+
+
 def start_round(
     call: AICall, kwargs: dict[str, Any], condition: Callable[[AICall], Any] | None = None
 ) -> SampleRound:
@@ -134,33 +202,3 @@ def start_round(
         calls_left=max(0, config.max_calls - config.calls),
         condition=condition,
     )
-
-
-def add_sample(call: AICall, round: SampleRound, conversation: Conversation) -> SampleNode:
-    """Put one sample into the tree and make it the active one."""
-    node = expand(round.parent, list(conversation), success=True)
-    call.active_sample_id = node.id
-    call.config.calls += 1
-    call.success = True
-    return node
-
-
-def fail_round(call: AICall, error: BaseException) -> None:
-    """Record that a round failed, and why; an interrupt or a cancellation is not an error of the call."""
-    call.success = False
-    if isinstance(error, Exception):
-        call.error = error
-
-
-def finish_round(call: AICall, round: SampleRound, collected: int, verbose: int) -> None:
-    """After the last sample: the call shows the active sample, and used arguments are dropped."""
-    if verbose >= 1 and collected < round.n_samples and call.config.calls >= call.config.max_calls:
-        logger.info("Max calls limit reached (calls: %d). Generation interrupted.", call.config.calls)
-    active = find_node(call.samples, call.active_sample_id)
-    if call.success is not True or active is None:
-        return
-    call.conversation = active.data
-    call.kwargs = remove_used_kwargs(call.kwargs, call.conversation)
-    if active.parent is call.samples and call.prompt_is_raw:
-        call.samples.data = list(call.conversation[:-1])
-        call.prompt_is_raw = False
