@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,20 @@ class Server:
         return max(float(line.split()[-1]) for line in lines)
 
 
-def start_server(folder: Path, *flags: str) -> Iterator[Server]:
+AICI_SERVE = (sys.executable, "-m", "aici_vllm.cli", "serve")
+
+
+def start_server(
+    folder: Path, *flags: str, command: tuple[str, ...] = AICI_SERVE, **environment: str
+) -> Iterator[Server]:
     """A server of the embedded model on a free port, stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "aici_vllm.cli", "serve", str(folder), "--served-model-name", "m"]
-    command += ["--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", *flags]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    arguments = [*command, str(folder), "--served-model-name", "m", "--port", port]
+    arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", *flags]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+    process = subprocess.Popen(arguments, env=environment, start_new_session=True)
     base = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=base, timeout=300, transport=httpx.HTTPTransport(retries=0)) as http:
@@ -304,3 +311,18 @@ def test_fork_17_fails_one_branch_and_the_others_go_on(server: Server) -> None:
     assert errors[:16] == [None] * 16
     assert errors[16] == "too many forks (max=16)"
     assert results["branches"][15]["text"] == "Hello 15"
+
+
+def test_plain_vllm_serve_needs_two_flags_only(embedded_folder: Path, tmp_path: Path) -> None:
+    """`vllm-cpu` asks for the metadata of a distribution called `vllm`; it is given some here."""
+    if not any(distributions(name="vllm")):
+        release = f"{version('vllm-cpu')}+cpu"
+        folder = tmp_path / f"vllm-{release}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n")
+    flags = ("--scheduler-cls", "aici_vllm.Scheduler", "--worker-cls", "aici_vllm.Worker")
+    command = (str(Path(sys.executable).with_name("vllm")), "serve")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with contextmanager(start_server)(embedded_folder, *flags, command=command, PYTHONPATH=path) as server:
+        script = GREETING.format("await aici.gen_tokens(options=[' early', ' late'])")
+        assert server.complete(script).choices[0].text in ("Hello early", "Hello late")
