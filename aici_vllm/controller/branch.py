@@ -257,7 +257,7 @@ class Branch:
         text = self.group.vocabulary.detokenize(generation.tokens)
         if generation.request.store_var is not None:
             try:
-                self.group.variables.set(generation.request.store_var, text)
+                self.group.variables.set(generation.request.store_var, text, self.index)
             except LimitError as error:
                 return self._raise(error)
         if self.log_level >= 1 and generation.dead_end:

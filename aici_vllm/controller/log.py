@@ -20,6 +20,7 @@ class Log:
         self._size = 0
         self._done: deque[bytes] = deque()
         self._done_size = 0
+        self._new = 0
         self._lock = threading.Lock()
 
     def write(self, text: str) -> None:
@@ -40,11 +41,18 @@ class Log:
             if not self._step:
                 return
             self._done.append(b"".join(self._step))
+            self._new += 1
             self._done_size += self._size
             self._step.clear()
             self._size = 0
             while self._done_size > STEPS_KEPT * self._step_bytes:
                 self._done_size -= len(self._done.popleft())
+
+    def take_new(self) -> str:
+        """What the steps that ended since the last call wrote, as far as it was kept."""
+        with self._lock:
+            new, self._new = min(self._new, len(self._done)), 0
+            return b"".join(list(self._done)[len(self._done) - new :]).decode() if new else ""
 
     def __str__(self) -> str:
         with self._lock:

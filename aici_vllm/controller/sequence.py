@@ -29,6 +29,7 @@ class Sequence:
         self.spliced = 0
         self._marks: dict[int, int] = {}
         self._last_mark = 0
+        self._changes: list[tuple[str, list[int]]] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,10 +40,14 @@ class Sequence:
         self.origins.append(Origin.SAMPLED)
         self.sampled += 1
         self.kept = len(self.tokens)
+        if self._changes is not None:
+            self._note("sampled", [token])
 
     def splice(self, position: int, tokens: list[int]) -> None:
         """Take back everything from `position` on and append `tokens`."""
         if position < len(self.tokens):
+            if self._changes is not None:
+                self._note("taken_back", self.tokens[position:])
             del self.tokens[position:]
             del self.origins[position:]
             self.kept = min(self.kept, position)
@@ -51,6 +56,8 @@ class Sequence:
         self.tokens += tokens
         self.origins += bytes([Origin.SPLICED]) * len(tokens)
         self.spliced += len(tokens)
+        if self._changes is not None:
+            self._note("spliced", tokens)
 
     def mark(self, position: int) -> int:
         """Remember `position` under a number that dies when the position is taken back."""
@@ -85,7 +92,34 @@ class Sequence:
         copy.kept = self.kept
         copy._marks = dict(self._marks)
         copy._last_mark = self._last_mark
+        if self._changes is not None:
+            copy.watch()
         return copy
+
+    def watch(self) -> None:
+        """Note every change from here on for `take_changes`, beginning with what follows the prompt."""
+        self._changes = []
+        at = self.prompt_len
+        for source, count in self.sources():
+            self._note(source, self.tokens[at : at + count])
+            at += count
+
+    def take_changes(self) -> list[tuple[str, list[int]]]:
+        """What happened since the last call, in order: ("sampled" | "spliced" | "taken_back", tokens).
+
+        Tokens taken back are the last ones at that time. Empty when nobody watches.
+        """
+        if not self._changes:
+            return []
+        changes, self._changes = self._changes, []
+        return changes
+
+    def _note(self, change: str, tokens: list[int]) -> None:
+        assert self._changes is not None
+        if tokens and self._changes and self._changes[-1][0] == change == "sampled":
+            self._changes[-1][1].extend(tokens)
+        elif tokens:
+            self._changes.append((change, list(tokens)))
 
     def sources(self) -> list[tuple[str, int]]:
         """Runs of tokens after the prompt with the same origin: [("spliced", 5), ("sampled", 2)]."""

@@ -11,6 +11,7 @@ class Variables:
     def __init__(self, limit_bytes: int):
         self._limit = limit_bytes
         self._values: dict[str, bytes] = {}
+        self._writes: list[tuple[int, str, bytes, str]] | None = None
         self._lock = threading.Lock()
 
     def get(self, name: str) -> bytes | None:
@@ -21,16 +22,17 @@ class Variables:
         values = [value for name in names if (value := self._values.get(name)) is not None]
         return values if len(values) == len(names) else None
 
-    def set(self, name: str, value: bytes) -> None:
-        """Set or replace a variable.
+    def set(self, name: str, value: bytes, writer: int = 0) -> None:
+        """Set or replace a variable; `writer` is the index of the branch that does.
 
         Raises:
             LimitError: all variables together would be over the limit.
         """
         with self._lock:
             self._store(name, value)
+            self._note(writer, name, value, "Set")
 
-    def append(self, name: str, value: bytes) -> None:
+    def append(self, name: str, value: bytes, writer: int = 0) -> None:
         """Add to the end of a variable; a missing one starts empty.
 
         Raises:
@@ -38,6 +40,7 @@ class Variables:
         """
         with self._lock:
             self._store(name, self._values.get(name, b"") + value)
+            self._note(writer, name, value, "Append")
 
     def missing(self, names: tuple[str, ...]) -> list[str]:
         """Those of `names` that are not set."""
@@ -47,6 +50,20 @@ class Variables:
         """A copy of everything."""
         with self._lock:
             return dict(self._values)
+
+    def watch(self) -> None:
+        """Note every write from here on for `take_writes`."""
+        self._writes = []
+
+    def take_writes(self) -> list[tuple[int, str, bytes, str]]:
+        """The writes since the last call, in order: (writer, name, value, "Set" | "Append")."""
+        with self._lock:
+            writes, self._writes = self._writes or [], None if self._writes is None else []
+        return writes
+
+    def _note(self, writer: int, name: str, value: bytes, operation: str) -> None:
+        if self._writes is not None:
+            self._writes.append((writer, name, value, operation))
 
     def _store(self, name: str, value: bytes) -> None:
         others = sum(len(n) + len(v) for n, v in self._values.items() if n != name)

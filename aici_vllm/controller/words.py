@@ -142,12 +142,12 @@ def get_var(branch: Branch, name: str) -> bytes | None:
 
 def set_var(branch: Branch, name: str, value: str | bytes) -> None:
     """Set a variable for all branches of the request."""
-    branch.group.variables.set(_check_name(name), _to_bytes(value))
+    branch.group.variables.set(_check_name(name), _to_bytes(value), branch.index)
 
 
 def append_var(branch: Branch, name: str, value: str | bytes) -> None:
     """Add to the end of a variable; a missing one starts empty."""
-    branch.group.variables.append(_check_name(name), _to_bytes(value))
+    branch.group.variables.append(_check_name(name), _to_bytes(value), branch.index)
 
 
 def get_tokens(branch: Branch) -> list[int]:

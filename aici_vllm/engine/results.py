@@ -26,7 +26,7 @@ def results(group: ControlledGroup) -> dict[str, Any]:
         "branches": [_branch(member) for member in members],
         "variables": texts,
         "variables_base64": binaries,
-        "usage": _usage(members),
+        "usage": usage(members),
     }
 
 
@@ -56,7 +56,8 @@ def _parts(branch: Branch) -> list[dict[str, str]]:
     return parts
 
 
-def _usage(members: list[Controlled]) -> dict[str, int]:
+def usage(members: list[Controlled]) -> dict[str, int]:
+    """What the branches of a request cost so far, together."""
     return {
         "sampled_tokens": sum(member.branch.sequence.sampled for member in members),
         "spliced_tokens": sum(member.branch.sequence.spliced for member in members),

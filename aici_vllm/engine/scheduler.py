@@ -43,6 +43,7 @@ from aici_vllm.engine.controlled import (
     child_request,
     worker_params,
 )
+from aici_vllm.engine.live import LIVE, LiveViews
 from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
@@ -74,6 +75,7 @@ class Scheduler(AsyncScheduler):
         words = self.vocabulary.num_words
         self.masks = MaskTable(max(2 * self.max_num_running_reqs, MASK_TABLE_BYTES // (4 * words)), words)
         self.checkpoints = Checkpoints(self.kv_cache_manager, self.limits.checkpoints)
+        self.live_views = LiveViews(self.vllm_config.scheduler_config.stream_interval)
         self._groups: dict[str, ControlledGroup] = {}
         self._controlled: dict[str, Controlled] = {}
         self._thinking: set[ControlledGroup] = set()
@@ -170,6 +172,7 @@ class Scheduler(AsyncScheduler):
             self._settle(group)
         if self._thinking:
             self._hear_from_scripts()
+        self._outputs += self.live_views.outputs()
         for client_index, output in self._outputs:
             outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.append(output)
         self._outputs.clear()
@@ -355,7 +358,7 @@ class Scheduler(AsyncScheduler):
     def _finish_group(self, group: ControlledGroup) -> None:
         for request in group.seats.values():
             self._send(request, EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.STOP))
-        self._close_choice(group.root, results(group))
+        self._close_choice(group.root, {**self.live_views.events(group), RESULTS_KEY: results(group)})
         self._drop(group)
 
     def _close_choice(self, member: Controlled, found: dict[str, Any] | None) -> None:
@@ -368,13 +371,13 @@ class Scheduler(AsyncScheduler):
         assert branch.finish_reason is not None
         output = EngineCoreOutput(
             request.request_id,
-            [],
+            member.take_settled(),
             finish_reason=FINISH.get(branch.finish_reason, FinishReason.ABORT),
             stop_reason=branch.error,
-            kv_transfer_params=None if found is None else {RESULTS_KEY: found},
+            kv_transfer_params=found,
         )
         if found is not None and streamed:
-            output.stop_reason = json.dumps({RESULTS_KEY: found})
+            output.stop_reason = json.dumps({RESULTS_KEY: found[RESULTS_KEY]})
         self._send(request, output)
 
     def _forget(self, request_id: str, status: RequestStatus) -> list[Request]:
@@ -404,6 +407,7 @@ class Scheduler(AsyncScheduler):
         self._thinking.discard(group)
         self._unsettled.pop(group, None)
         self._groups.pop(group.root_id, None)
+        self.live_views.forget(group)
 
     # Small things.
 
@@ -435,6 +439,8 @@ class Scheduler(AsyncScheduler):
                 checkpoint=args.get(CHECKPOINT),
                 drop=args.get(DROP),
             )
+            if args.get(LIVE):
+                self.live_views.watch(self._groups[root_id])
         return self._groups[root_id]
 
     def _checkpoint_of(self, request: Request, args: dict[str, Any]) -> tuple[Request | None, str | None]:
@@ -455,6 +461,8 @@ class Scheduler(AsyncScheduler):
                 self._settle(group)
 
     def _send_settled(self, member: Controlled) -> None:
+        if self.live_views.withholds_tokens(member.group):
+            return
         if member.choice and (tokens := member.take_settled()):
             output = EngineCoreOutput(member.request.request_id, tokens)
             output.events = member.request.take_events()

@@ -76,3 +76,18 @@ def test_threads_write_whole_texts() -> None:
     for thread in threads:
         thread.join()
     assert [str(log).count(word) for word in words] == [500] * 4 and len(str(log)) == 6000
+
+
+def test_new_text_is_taken_once_and_only_of_steps_that_ended() -> None:
+    log = Log(100)
+    log.write("one\n")
+    assert log.take_new() == ""
+    log.end_step()
+    log.write("two\n")
+    log.end_step()
+    assert log.take_new() == "one\ntwo\n"
+    log.write("three\n")
+    log.end_step()
+    assert log.take_new() == "three\n"
+    assert log.take_new() == ""
+    assert str(log) == "one\ntwo\nthree\n"

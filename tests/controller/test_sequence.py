@@ -124,3 +124,39 @@ def test_kept_never_grows_by_a_splice() -> None:
     sequence.splice(2, [9])
     sequence.splice(3, [8, 8])
     assert sequence.kept == 2
+
+
+def test_nobody_is_told_of_changes_that_nobody_watches() -> None:
+    sequence = Sequence([1])
+    sequence.add_sampled(2)
+    assert sequence.take_changes() == []
+
+
+def test_a_watcher_is_told_every_change_once_and_in_order() -> None:
+    sequence = Sequence([1, 2])
+    sequence.splice(2, [3])
+    sequence.watch()
+    sequence.add_sampled(4)
+    sequence.add_sampled(5)
+    sequence.splice(3, [6])
+    assert sequence.take_changes() == [
+        ("spliced", [3]),
+        ("sampled", [4, 5]),
+        ("taken_back", [4, 5]),
+        ("spliced", [6]),
+    ]
+    sequence.splice(0, [])
+    assert sequence.take_changes() == [("taken_back", [1, 2, 3, 6])]
+    assert sequence.take_changes() == []
+
+
+def test_a_copy_of_a_watched_sequence_tells_its_text_from_the_start() -> None:
+    sequence = Sequence([1])
+    sequence.watch()
+    sequence.splice(1, [2, 3])
+    sequence.add_sampled(4)
+    sequence.take_changes()
+    copy = sequence.copy()
+    sequence.add_sampled(5)
+    assert copy.take_changes() == [("spliced", [2, 3]), ("sampled", [4])]
+    assert sequence.take_changes() == [("sampled", [5])]

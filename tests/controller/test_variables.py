@@ -64,3 +64,16 @@ def test_appends_from_many_threads_all_arrive() -> None:
     for thread in threads:
         thread.join()
     assert variables.get("v") == b"x" * 1200
+
+
+def test_writes_are_noted_for_who_watches() -> None:
+    variables = Variables(100)
+    variables.set("before", b"1")
+    assert variables.take_writes() == []
+    variables.watch()
+    variables.set("a", b"1", 2)
+    variables.append("a", b"2")
+    with pytest.raises(LimitError):
+        variables.set("b", b"x" * 101)
+    assert variables.take_writes() == [(2, "a", b"1", "Set"), (0, "a", b"2", "Append")]
+    assert variables.take_writes() == []
