@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Hashable
-from itertools import count
+from bisect import bisect_right
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,8 +16,9 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from constraints.constraint import Constraint
 from constraints.errors import ConstraintError
 from constraints.forced import CONTEXT, canonical_run
-from constraints.machine import compiled
-from constraints.token_set import Row, TokenSet
+from constraints.machine import MAX_STEPS, compiled
+from constraints.masks import masks, owners
+from constraints.token_set import Row, TokenSet, freeze, pack
 from constraints.vocabulary import Vocabulary
 
 SPECIAL = b"\xff"
@@ -59,9 +62,12 @@ def tokenizer_of(vocabulary: Vocabulary) -> LLTokenizer:
     return known
 
 
-def matcher(vocabulary: Vocabulary, lark: str) -> LLMatcher:
-    """A matcher for a grammar in llguidance's Lark. `ConstraintError` when it does not compile."""
-    made = LLMatcher(tokenizer_of(vocabulary), lark, log_level=0)
+def matcher(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
+    """A matcher for a grammar in llguidance's Lark or its JSON form.
+
+    `ConstraintError` when it does not compile.
+    """
+    made = LLMatcher(tokenizer_of(vocabulary), grammar, log_level=0)
     if made.is_error():
         raise ConstraintError(made.get_error())
     return made
@@ -92,121 +98,239 @@ PRIME = (1 << 127) - 1
 # Random, so that nobody can prepare two histories with the same key.
 BASE = secrets.randbits(120) + 3
 
-_numbers = count()
+
+Position = tuple[int, Hashable]
+"""The number of a grammar, and the name of a position in it: equal for equal futures only."""
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+def remember(known: dict[Key, Value], key: Key, value: Value) -> Value:
+    """Put `value` into `known`, which starts again when it is full."""
+    if len(known) >= MAX_STEPS:
+        known.clear()
+    known[key] = value
+    return value
+
+
+class History(NamedTuple):
+    """The name of a position that nothing names better: where it was left, and a hash of the tokens since."""
+
+    since: Hashable
+    tokens: int
+
+
+class Names(Protocol):
+    """Names for the positions in the texts of one grammar; 0 is the start."""
+
+    def after(self, name: Any, text: bytes) -> Hashable | None:
+        """The name after `text`, None where it cannot be followed."""
+
+    def __len__(self) -> int:
+        """What it remembers, in states."""
 
 
 class GuidanceGrammar:
-    """A grammar that llguidance has compiled, shared by all its sequences."""
+    """A grammar that llguidance has compiled, and what all its sequences found out about it.
 
-    def __init__(self, vocabulary: Vocabulary, lark: str):
+    `names_of` makes the names of its positions; without it the tokens so far are the name.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, source: str, names_of: Callable[[], Names] | None = None):
         self.vocabulary = vocabulary
-        self.number = next(_numbers)
-        self.fresh = matcher(vocabulary, lark)
+        self.number = next(owners)
+        self.fresh = matcher(vocabulary, source)
+        # In a grammar of JSON form llguidance's masks follow one way to write forced bytes as tokens.
+        self.forces = source.startswith("{")
         # `<|name|>` and `<[3]>` are how llguidance's Lark names special tokens.
-        self.names_tokens = "<" in lark
+        self.names_tokens = not self.forces and "<" in source
+        self.start: Position = (self.number, 0 if names_of else History(None, 0))
+        self._names_of = names_of
+        # Of positions: where a token leads, whether the text may end, the bytes that must follow.
+        self.steps: dict[tuple[Position, int], Position] = {}
+        self.ends: dict[Position, bool] = {}
+        self.forced: dict[Position, bytes] = {}
+        self.runs: dict[tuple[Position, tuple[int, ...]], list[int]] = {}
+
+    @cached_property
+    def _names(self) -> Names | None:
+        return self._names_of() if self._names_of else None
+
+    def __len__(self) -> int:
+        return len(self._names) if "_names" in self.__dict__ and self._names else 0
+
+    def after(self, position: Position, token: int) -> Position:
+        """The position after `token`, which may follow."""
+        name = position[1]
+        found: Hashable | None = None
+        if not isinstance(name, History) and self._names is not None:
+            found = self._names.after(name, self.vocabulary.token_bytes(token))
+        if found is None:
+            since, tokens = name if isinstance(name, History) else (name, 0)
+            found = History(since, (tokens * BASE + token + 1) % PRIME)
+        return remember(self.steps, (position, token), (self.number, found))
 
 
 class GuidanceConstraint(Constraint):
-    """A position in a grammar. llguidance names no states, so the tokens so far name the position."""
+    """A position in a grammar. Its matcher follows only when something is asked that nobody has found out."""
 
     vocabulary: Vocabulary
 
     def __init__(self, grammar: GuidanceGrammar):
         super().__init__(grammar.vocabulary)
         self._grammar = grammar
-        self._matcher = grammar.fresh.deep_copy()
+        self._matcher: LLMatcher | None = None
+        self._consumed = 0
         self._tokens: list[int] = []
-        self._history = [0]
+        self._position = grammar.start
+        self._positions = [grammar.start]
 
     def eos_allowed(self) -> bool:
-        return self._matcher.is_accepting()
+        ends = self._grammar.ends.get(self._position)
+        if ends is None:
+            ends = remember(self._grammar.ends, self._position, self._caught_up().is_accepting())
+        return ends
 
     def eos_forced(self) -> bool:
         return self.eos_allowed() and np.array_equal(self.mask_row(), self.vocabulary.eos_row)
 
     def token_allowed(self, token: int) -> bool:
-        v = self.vocabulary
-        if token in v.eos_token_ids:
-            return self.eos_allowed()
-        if not 0 <= token < v.size or not v.token_bytes(token):
-            return False
-        return self._matcher.validate_tokens([token]) == 1
+        return 0 <= token < self.vocabulary.size and _has(self.mask_row(), token)
 
     def allow_tokens(self, allowed: TokenSet) -> None:
         allowed.row[:] = self.mask_row()
 
     def append_token(self, token: int) -> None:
-        v = self.vocabulary
-        before = self._history[-1]
-        if token not in v.eos_token_ids:
-            if not (0 <= token < v.size and v.token_bytes(token)) or not self._matcher.try_consume_tokens(
-                [token]
-            ):
-                raise self._failed_append(token)
-            before = (before * BASE + token + 1) % PRIME
-        self._history.append(before)
+        grammar = self._grammar
+        after = grammar.steps.get((self._position, token))
+        if after is None:
+            after = self._new_step(token)
+        self._position = after
         self._tokens.append(token)
+        self._positions.append(after)
 
-    def _failed_append(self, token: int) -> ConstraintError:
-        """The error for `token`; the matcher is as it was before it."""
-        message = first_line(self._matcher.get_error())
-        self._matcher = self._replayed()
-        return (
-            ConstraintError(f"the grammar became too complex here: {message}")
-            if message
-            else self._refusal(token)
-        )
+    def _new_step(self, token: int) -> Position:
+        """Where `token` leads, which nobody has asked yet."""
+        v = self.vocabulary
+        if token in v.eos_token_ids:
+            return self._position
+        if not (0 <= token < v.size and v.token_bytes(token)):
+            raise self._refusal(token)
+        row = masks.get(self._position)
+        if row is None:
+            self._consume(token)
+        elif not _has(row, token):
+            raise self._refusal(token)
+        return self._grammar.after(self._position, token)
+
+    def _consume(self, token: int) -> None:
+        """Let the matcher take `token`: cheaper than a mask where only one token is in question."""
+        at = self._caught_up()
+        if at.try_consume_tokens([token]) == 1:
+            self._consumed += 1
+            return
+        message = first_line(at.get_error())
+        self._matcher = None
+        if message:
+            raise ConstraintError(f"the grammar became too complex here: {message}")
+        raise self._refusal(token)
 
     def forced_tokens(self) -> list[int]:
-        if self._matcher.is_stopped() or self.eos_allowed():
-            return []
-        forced = self._matcher.compute_ff_bytes()
+        forced = self._grammar.forced.get(self._position)
+        if forced is None:
+            forced = remember(self._grammar.forced, self._position, self._forced_bytes())
         if not forced:
             return []
-        return canonical_run(self.vocabulary, self._tokens[-CONTEXT:], forced, None)
+        recent = tuple(self._tokens[-CONTEXT:])
+        run = self._grammar.runs.get((self._position, recent))
+        if run is None:
+            run = canonical_run(self.vocabulary, recent, forced, None)
+            remember(self._grammar.runs, (self._position, recent), run)
+        return list(run)
+
+    def _forced_bytes(self) -> bytes:
+        at = self._caught_up()
+        return b"" if at.is_stopped() or at.is_accepting() else at.compute_ff_bytes()
 
     def state_key(self) -> Hashable:
-        return "grammar", self._grammar.number, self._history[-1]
+        return self._position
+
+    def mask_row(self) -> Row:
+        known = masks.get(self._position)
+        return masks.put(self._position, freeze(self._make_row())) if known is None else known
 
     def _make_row(self) -> Row:
-        at = self._matcher
-        ends = at.is_accepting()
-        if not ends and not at.is_stopped() and not self._grammar.names_tokens:
-            # Nothing but text tokens can be in the engine's mask, which is then used as it is, uncopied.
-            bits = at.compute_bitmask()
-            if not at.is_error():
-                return np.frombuffer(bits, np.int32, self.vocabulary.num_words)
-        row = compute_row(self.vocabulary, at)
-        if self._matcher.is_error():
-            self._matcher = self._replayed()
-        if ends:
-            row |= self.vocabulary.eos_row
-        return row
+        at = self._caught_up()
+        ends = remember(self._grammar.ends, self._position, at.is_accepting())
+        if not ends and not at.is_stopped():
+            forced = at.compute_ff_bytes() if self._grammar.forces else b""
+            if forced:
+                return forced_row(self.vocabulary, at, forced)
+            if not self._grammar.names_tokens:
+                # Nothing but text tokens can be in the engine's mask, which is then used as it is, uncopied.
+                bits = at.compute_bitmask()
+                if not at.is_error():
+                    return np.frombuffer(bits, np.int32, self.vocabulary.num_words)
+        try:
+            row = compute_row(self.vocabulary, at)
+        finally:
+            if at.is_error():
+                self._matcher = None
+        return row | self.vocabulary.eos_row if ends else row
 
-    def _replayed(self) -> LLMatcher:
-        """A matcher in this position that was not asked for a mask yet."""
-        at = self._grammar.fresh.deep_copy()
-        at.consume_tokens([token for token in self._tokens if token not in self.vocabulary.eos_token_ids])
-        return at
+    def _caught_up(self) -> LLMatcher:
+        """The matcher after all tokens so far."""
+        if self._matcher is None:
+            self._matcher, self._consumed = self._grammar.fresh.deep_copy(), 0
+        if self._consumed < len(self._tokens):
+            eos = self.vocabulary.eos_token_ids
+            behind = [token for token in self._tokens[self._consumed :] if token not in eos]
+            if behind and not self._matcher.consume_tokens(behind):
+                message, self._matcher = first_line(self._matcher.get_error()), None
+                raise ConstraintError(f"the grammar became too complex here: {message}")
+            self._consumed = len(self._tokens)
+        return self._matcher
 
     def rollback(self, count: int) -> None:
         if not 0 <= count <= len(self._tokens):
             raise ConstraintError(f"cannot take back {count} of {len(self._tokens)} tokens")
         if not count:
             return
-        eos = self.vocabulary.eos_token_ids
-        consumed = sum(token not in eos for token in self._tokens[-count:])
-        if consumed and not self._matcher.rollback(consumed):
-            raise ConstraintError(f"cannot take back {count} tokens: {first_line(self._matcher.get_error())}")
-        del self._tokens[-count:], self._history[-count:]
+        kept = len(self._tokens) - count
+        if self._matcher is not None and self._consumed > kept:
+            eos = self.vocabulary.eos_token_ids
+            taken = sum(token not in eos for token in self._tokens[kept : self._consumed])
+            if taken and not self._matcher.rollback(taken):
+                self._matcher = None
+            self._consumed = kept
+        del self._tokens[kept:], self._positions[kept + 1 :]
+        self._position = self._positions[-1]
 
     def fork(self) -> GuidanceConstraint:
         twin = GuidanceConstraint.__new__(GuidanceConstraint)
         twin.__dict__.update(self.__dict__)
-        twin._matcher = self._matcher.deep_copy()
+        twin._matcher = None if self._matcher is None else self._matcher.deep_copy()
         twin._tokens = self._tokens.copy()
-        twin._history = self._history.copy()
+        twin._positions = self._positions.copy()
         return twin
+
+
+def forced_row(vocabulary: Vocabulary, at: LLMatcher, forced: bytes) -> Row:
+    """The mask where the bytes `forced` must follow: the tokens that begin them, and those that go beyond."""
+    v = vocabulary
+    ids = [i for end in range(1, len(forced) + 1) for i in v.ids_by_bytes.get(forced[:end], ())]
+    place = bisect_right(v.spellings, forced)
+    while place < len(v.spellings) and v.spellings[place].startswith(forced):
+        same = v.ids_by_bytes[v.spellings[place]]
+        if at.validate_tokens([same[0]]):
+            ids.extend(same)
+        place += 1
+    return pack(np.array(ids, np.int64), v.size)
+
+
+def _has(row: Row, token: int) -> bool:
+    return bool(row.item(token >> 5) >> (token & 31) & 1)
 
 
 def lark(vocabulary: Vocabulary, grammar: str) -> GuidanceConstraint:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from constraints.errors import ConstraintError
-from constraints.guidance import NO_FORCING, GuidanceConstraint, GuidanceGrammar
+from constraints.guidance import BASE, GuidanceConstraint, GuidanceGrammar
+from constraints.json_names import SchemaNames
 from constraints.machine import compiled
 from constraints.vocabulary import Vocabulary
 
@@ -38,11 +39,12 @@ def json_schema(vocabulary: Vocabulary, schema: Any, *, compact: bool = False) -
     parsed = _parsed(schema)
     check(parsed)
     options = {"whitespace_flexible": not compact}
-    text = json.dumps({**(parsed if isinstance(parsed, dict) else {}), "x-guidance": options})
-    source = f"start: %json {text}{NO_FORCING}"
-    key = ("json", vocabulary.key, text)
+    whole = {**(parsed if isinstance(parsed, dict) else {}), "x-guidance": options}
+    source = json.dumps({"grammars": [{"json_schema": whole}]})
+    names = lambda: SchemaNames(parsed, compact, BASE)  # noqa: E731
+    key = ("json", vocabulary.key, source)
     try:
-        return GuidanceConstraint(compiled.get(key, lambda: GuidanceGrammar(vocabulary, source)))
+        return GuidanceConstraint(compiled.get(key, lambda: GuidanceGrammar(vocabulary, source, names)))
     except ConstraintError as error:
         raise ConstraintError(f"the JSON schema does not compile: {_explained(str(error), parsed)}") from None
 

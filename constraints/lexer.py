@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from constraints import regex_syntax
+from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
-from constraints.regex_automaton import DEAD, RegexAutomaton
+from constraints.regex_automaton import RegexAutomaton
 from constraints.regex_syntax import Tree
 from constraints.yacc_grammar import Terminal
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from itertools import count
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from constraints.constraint import Constraint
 from constraints.errors import ConstraintError
 from constraints.forced import CONTEXT, canonical_run
+from constraints.masks import owners
 from constraints.token_set import Row, TokenSet
 from constraints.vocabulary import Vocabulary
 
@@ -25,8 +25,6 @@ MAX_RUN = 4096
 """Bytes of one forced run."""
 MAX_MACHINES = 256
 
-_numbers = count()
-
 
 class Machine(ABC, Generic[State]):
     """States, and the tokens that lead from one to another, shared by all sequences of one thread.
@@ -36,7 +34,7 @@ class Machine(ABC, Generic[State]):
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
-        self.number = next(_numbers)
+        self.number = next(owners)
         self._steps: dict[tuple[State, int], State | None] = {}
         self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from itertools import count
 from threading import Lock
 
 from constraints.token_set import Row
@@ -54,6 +55,9 @@ class MaskCache:
             self._rows.clear()
             self.num_bytes = 0
 
+
+owners = count()
+"""Numbers for what masks belong to, so that keys of different constraints differ."""
 
 masks = MaskCache()
 """The cache of this process. State keys name the vocabulary, so one cache serves them all."""

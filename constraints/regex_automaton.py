@@ -1,107 +1,22 @@
-"""A regex as a byte automaton, built state by state as text reaches it.
-
-A state is a set of regex terms, what may still follow (Antimirov's partial derivatives). Counted repeats stay
-counters, so a pattern costs nothing before its states are visited.
-"""
+"""The byte automaton of a regex, with names for its states that hold in every process."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from hashlib import blake2b
-from itertools import pairwise
-from threading import Lock
-from typing import TypeVar, cast
 
 from constraints import regex_syntax
-from constraints.regex_syntax import Ranges, Tree
-
-ByteRange = tuple[int, int]
-Sequences = tuple[tuple[ByteRange, ...], ...]
-DEAD = -1
+from constraints.automaton import Alt, Automaton, Bytes, Cat, Repeat, Term, utf8
+from constraints.regex_syntax import Tree
 
 
-class Term:
-    """A regex over bytes. Terms are interned by their automaton, so identity is equality."""
-
-    __slots__ = ("nullable", "order", "steps")
-
-    def __init__(self, nullable: bool, order: int):
-        self.nullable = nullable
-        self.order = order
-        self.steps: tuple[tuple[ByteRange, Term], ...] | None = None
-
-
-T = TypeVar("T", bound=Term)
-
-
-class Bytes(Term):
-    """One character, or the rest of one: any of the sequences of byte ranges."""
-
-    __slots__ = ("sequences",)
-    sequences: Sequences
-
-
-class Cat(Term):
-    """`head`, which is no Cat, and then `tail`."""
-
-    __slots__ = ("head", "tail")
-    head: Term
-    tail: Term
-
-
-class Alt(Term):
-    """Any of the options."""
-
-    __slots__ = ("options",)
-    options: tuple[Term, ...]
-
-
-class Repeat(Term):
-    """`low` to `high` times `body`; `high` is None for no bound."""
-
-    __slots__ = ("body", "high", "low")
-    body: Term
-    low: int
-    high: int | None
-
-
-class RegexAutomaton:
-    """The automaton of one syntax tree. States are ints that are never reused; 0 is the start."""
+class RegexAutomaton(Automaton):
+    """The automaton of one syntax tree."""
 
     def __init__(self, tree: Tree):
-        self._interned: dict[tuple[object, ...], Term] = {}
-        self.epsilon = self._intern(Term, True, "epsilon")
-        self._states: list[tuple[Term, ...]] = []
-        self._numbers: dict[tuple[Term, ...], int] = {}
-        self._rows: list[list[int] | None] = []
+        super().__init__()
         self._digests: dict[Term, bytes] = {}
-        self._lock = Lock()
         term = self._lower(tree)
-        self.start = self._number([term] if term else [])
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def accepts(self, state: int) -> bool:
-        """Whether the text may end in `state`."""
-        return any(term.nullable for term in self._states[state])
-
-    def row(self, state: int) -> list[int]:
-        """The next state for each of the 256 bytes, DEAD where none."""
-        known = self._rows[state]
-        if known is None:
-            # A script's thread may step an automaton that the engine's thread steps too.
-            with self._lock:
-                known = self._rows[state] = self._rows[state] or self._expand(self._states[state])
-        return known
-
-    def step(self, state: int, text: bytes) -> int:
-        """The state after `text`, DEAD when no match begins so."""
-        for byte in text:
-            state = (self._rows[state] or self.row(state))[byte]
-            if state < 0:
-                return DEAD
-        return state
+        self._number([term] if term else [])
 
     def digest(self, state: int) -> bytes:
         """16 bytes that name `state` in every process: equal exactly for equal sets of terms."""
@@ -128,185 +43,24 @@ class RegexAutomaton:
             return "repeat", self._term_digest(term.body), term.low, term.high
         return ("bytes", term.sequences) if isinstance(term, Bytes) else ("epsilon",)
 
-    # Construction -----------------------------------------------------------------------------------------
-
-    def _intern(self, kind: type[T], nullable: bool, *parts: object) -> T:
-        key = (kind, *parts)
-        term = self._interned.get(key)
-        if term is None:
-            term = self._interned[key] = kind(nullable, len(self._interned))
-        return cast(T, term)
-
-    def _bytes(self, sequences: Sequences) -> Term:
-        term = self._intern(Bytes, False, sequences)
-        term.sequences = sequences
-        return term
-
-    def _cat(self, head: Term, tail: Term) -> Term:
-        if head is self.epsilon:
-            return tail
-        if tail is self.epsilon:
-            return head
-        heads = []
-        while isinstance(head, Cat):
-            heads.append(head.head)
-            head = head.tail
-        heads.append(head)
-        for part in reversed(heads):
-            made = self._intern(Cat, part.nullable and tail.nullable, part, tail)
-            made.head, made.tail = part, tail
-            tail = made
-        return tail
-
-    def _alt(self, options: list[Term]) -> Term:
-        flat: dict[Term, None] = {}
-        for option in options:
-            flat.update(dict.fromkeys(option.options if isinstance(option, Alt) else [option]))
-        ordered = tuple(flat)
-        if len(ordered) == 1:
-            return ordered[0]
-        made = self._intern(Alt, any(o.nullable for o in ordered), ordered)
-        made.options = ordered
-        return made
-
-    def _repeat(self, body: Term, low: int, high: int | None) -> Term:
-        if high == 0 or body is self.epsilon:
-            return self.epsilon
-        if body.nullable:
-            low = 0
-        if (low, high) == (1, 1):
-            return body
-        made = self._intern(Repeat, low == 0, body, low, high)
-        made.body, made.low, made.high = body, low, high
-        return made
-
     def _lower(self, tree: Tree) -> Term | None:
         """The term of `tree`; None when it matches no text."""
         match tree:
             case regex_syntax.Chars(ranges):
-                return self._bytes(utf8(ranges)) if ranges else None
+                return self.sequences(utf8(ranges)) if ranges else None
             case regex_syntax.Cat(parts):
                 term = self.epsilon
                 for part in reversed(parts):
                     lowered = self._lower(part)
                     if lowered is None:
                         return None
-                    term = self._cat(lowered, term)
+                    term = self.cat(lowered, term)
                 return term
             case regex_syntax.Alt(options):
                 found = [term for term in map(self._lower, options) if term is not None]
-                return self._alt(found) if found else None
+                return self.alt(found) if found else None
             case regex_syntax.Repeat(body, low, high):
                 lowered = self._lower(body)
                 if lowered is None:
                     return self.epsilon if low == 0 else None
-                return self._repeat(lowered, low, high)
-
-    # Derivatives ------------------------------------------------------------------------------------------
-
-    def _steps(self, term: Term) -> tuple[tuple[ByteRange, Term], ...]:
-        """What may follow each first byte of `term`."""
-        if term.steps is None:
-            found: dict[tuple[ByteRange, Term], None] = {}
-            rest: Term | None = term
-            # A chain of optional parts is as long as the pattern, so it is a loop, not a recursion.
-            while isinstance(rest, Cat):
-                tail = rest.tail
-                for first, after in self._steps(rest.head):
-                    found[first, self._cat(after, tail)] = None
-                rest = tail if rest.head.nullable else None
-            if rest is not None:
-                found.update(dict.fromkeys(self._simple_steps(rest)))
-            term.steps = tuple(found)
-        return term.steps
-
-    def _simple_steps(self, term: Term) -> list[tuple[ByteRange, Term]]:
-        if isinstance(term, Bytes):
-            grouped: dict[ByteRange, list[tuple[ByteRange, ...]]] = {}
-            for sequence in term.sequences:
-                grouped.setdefault(sequence[0], []).append(sequence[1:])
-            return [
-                (first, self._bytes(tuple(rests)) if rests[0] else self.epsilon)
-                for first, rests in grouped.items()
-            ]
-        if isinstance(term, Alt):
-            return [step for option in term.options for step in self._steps(option)]
-        if isinstance(term, Repeat):
-            high = None if term.high is None else term.high - 1
-            rest = self._repeat(term.body, max(term.low - 1, 0), high)
-            return [(first, self._cat(after, rest)) for first, after in self._steps(term.body)]
-        return []
-
-    def _expand(self, state: tuple[Term, ...]) -> list[int]:
-        steps = [step for term in state for step in self._steps(term)]
-        edges = sorted({edge for (low, high), _ in steps for edge in (low, high + 1)})
-        row = [DEAD] * 256
-        for low, end in pairwise(edges):
-            targets = {term: None for (first, last), term in steps if first <= low and end - 1 <= last}
-            if targets:
-                row[low:end] = [self._number(list(targets))] * (end - low)
-        return row
-
-    def _number(self, terms: list[Term]) -> int:
-        """The state of a set of terms."""
-        state = tuple(sorted(self._absorb(terms), key=lambda term: term.order))
-        number = self._numbers.get(state)
-        if number is None:
-            number = self._numbers[state] = len(self._states)
-            self._states.append(state)
-            self._rows.append(None)
-        return number
-
-    def _absorb(self, terms: list[Term]) -> list[Term]:
-        """`terms` without those that a term with a larger counter covers: `x{0,9}` covers `x{0,8}`."""
-        if len(terms) == 1:
-            return terms
-        widest: dict[tuple[object, ...], tuple[float, Term]] = {}
-        for term in terms:
-            key, high = _counter(term)
-            if key not in widest or high > widest[key][0]:
-                widest[key] = (high, term)
-        return [term for _, term in widest.values()]
-
-
-def _counter(term: Term) -> tuple[tuple[object, ...], float]:
-    """What `term` is but for the counter in front of it, and the counter."""
-    lead: Term | None = None
-    rest: Term = term
-    if isinstance(term, Cat) and not isinstance(term.head, Repeat):
-        # The rest of a character may stand before the counter.
-        lead, rest = term.head, term.tail
-    tail = rest.tail if isinstance(rest, Cat) else None
-    if isinstance(rest, Cat):
-        rest = rest.head
-    if not isinstance(rest, Repeat) or rest.low:
-        return (term,), 0.0
-    return (lead, rest.body, tail), float("inf") if rest.high is None else rest.high
-
-
-# UTF-8 ----------------------------------------------------------------------------------------------------
-
-
-@lru_cache(4096)
-def utf8(ranges: Ranges) -> Sequences:
-    """The UTF-8 of the code points in `ranges`: sequences of byte ranges that together match exactly them."""
-    return tuple(sequence for low, high in ranges for sequence in _utf8_range(low, high))
-
-
-LAST_OF_LENGTH = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)
-
-
-def _utf8_range(low: int, high: int) -> list[tuple[ByteRange, ...]]:
-    for last in LAST_OF_LENGTH:
-        if low <= last < high:
-            return _utf8_range(low, last) + _utf8_range(last + 1, high)
-    length = next(n for n, last in enumerate(LAST_OF_LENGTH) if high <= last)
-    for bits in (6 * n for n in range(1, length + 1)):
-        below = (1 << bits) - 1
-        if low & ~below != high & ~below:
-            # Above `bits` the code points differ, so below it each end must be whole or be split off.
-            if low & below:
-                return _utf8_range(low, low | below) + _utf8_range((low | below) + 1, high)
-            if high & below != below:
-                return _utf8_range(low, (high & ~below) - 1) + _utf8_range(high & ~below, high)
-    return [tuple(zip(chr(low).encode(), chr(high).encode(), strict=True))]
+                return self.repeat(lowered, low, high)

@@ -14,10 +14,11 @@ import numpy as np
 from llguidance import LLMatcher
 
 from constraints import guidance, regex_syntax
+from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
 from constraints.index import Builder, Index, builder
 from constraints.machine import MAX_STATES, Machine, MachineConstraint, compiled
-from constraints.regex_automaton import DEAD, RegexAutomaton
+from constraints.regex_automaton import RegexAutomaton
 from constraints.token_set import Row, pack
 from constraints.trie import StepTable, trie_of
 from constraints.vocabulary import Vocabulary

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
 from constraints.lexer import Lexer
 from constraints.lr import ACCEPT, END, Tables, make_tables
 from constraints.machine import Machine, MachineConstraint, compiled
-from constraints.regex_automaton import DEAD
 from constraints.token_set import Row, pack
 from constraints.trie import Ints, trie_of
 from constraints.vocabulary import Vocabulary
