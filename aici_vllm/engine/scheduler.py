@@ -325,6 +325,8 @@ class Scheduler(AsyncScheduler):
         request.spec_token_ids = []
         request.status = RequestStatus.WAITING
         self._inflight_prefills.discard(request)
+        # Model Runner V2 has as many slots as requests may run: one that does not run gives its slot back.
+        self.reset_preempted_req_ids.add(request.request_id)
         member.parked = True
         member.times_taken_out += 1
 
