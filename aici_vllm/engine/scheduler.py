@@ -391,12 +391,13 @@ class Scheduler(AsyncScheduler):
         member = self._controlled.get(request_id)
         if group is not None:
             group.group.abort()
-            members = [member for member in group.members.values() if member.choice]
+            # A choice that no branch has taken is open too, and so is the first: it closes last.
+            choices = [m for m in group.members.values() if m.choice and (not m.finished or m is group.root)]
             for member in list(group.members.values()):
                 if not member.finished:
                     self._finish(member, status)
             self._drop(group)
-            return [member.request for member in members]
+            return [member.request for member in choices] + list(group.seats.values())
         if member is not None:
             member.choice = False
             member.branch.end("abort")
