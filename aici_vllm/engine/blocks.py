@@ -66,6 +66,12 @@ def move_prefix(manager: KVCacheManager, source: Request, target: Request, num_t
     return moved
 
 
+def drop_copies(manager: KVCacheManager) -> None:
+    """Forget the copies still to be made. Nobody may hold them: their requests have lost their blocks."""
+    _, retained = manager.take_kv_cache_block_copies()
+    manager.block_pool.free_blocks(retained)
+
+
 def _keep_group_prefix(group: SingleTypeKVCacheManager, request_id: str, num_tokens: int) -> int:
     blocks = group.req_to_blocks.get(request_id)
     if not blocks:

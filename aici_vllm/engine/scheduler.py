@@ -33,7 +33,7 @@ from aici_vllm.engine.admission import (
     is_controlled,
     operator_limits,
 )
-from aici_vllm.engine.blocks import can_share, keep_prefix, share_prefix
+from aici_vllm.engine.blocks import can_share, drop_copies, keep_prefix, share_prefix
 from aici_vllm.engine.checkpoints import Checkpoints
 from aici_vllm.engine.compat import require_supported, wrap_allocation
 from aici_vllm.engine.controlled import (
@@ -120,6 +120,8 @@ class Scheduler(AsyncScheduler):
     def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
         while self.checkpoints.free_one() or (reset_running_requests and self._reclaim_blocks(None)):
             pass
+        if reset_running_requests:
+            drop_copies(self.kv_cache_manager)
         return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
 
     def shutdown(self) -> None:
