@@ -6,7 +6,10 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from aici_vllm.agents.branches.kept import Kept
 
 logger = logging.getLogger("aici_vllm.agents")
 
@@ -84,17 +87,29 @@ class TokenSequence:
     """The tokens an engine had when it finished a reply: a conversation can go on from exactly these.
 
     `prompt_text` and `reply_text` are what the prompt's and the reply's tokens stand for; the end-of-sequence
-    token is not among `reply_ids`.
+    token is not among `reply_ids`. `tokenizer` names what gave the numbers their meaning. `kept` is the
+    sequence in the engine itself, which a pickle leaves behind.
     """
 
     prompt_text: str
     prompt_ids: tuple[int, ...]
     reply_text: str
     reply_ids: tuple[int, ...]
+    tokenizer: str = ""
+    kept: Kept | None = field(default=None, compare=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenSequence:
         # Immutable, and trees are copied often.
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenSequence, (
+            self.prompt_text,
+            self.prompt_ids,
+            self.reply_text,
+            self.reply_ids,
+            self.tokenizer,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The controller that runs in the engine: splice the feedback, prefill once, fork, sample each branch."""
+"""The controller that runs in the engine: splice the feedback, fork, sample a reply in each branch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Outcome(NamedTuple):
     """How a reply ended.
 
     reason: "stop", "length" or "condition".
-    tokens: how many tokens it has without the one that closed it.
+    closing: how many tokens closed it: one or none. They were sampled and taken back.
     cut: how many characters of it count, None for all: a stop text is not part of a reply.
     """
 
     reason: str
-    tokens: int
+    closing: int
     cut: int | None
 
 
@@ -40,7 +40,7 @@ class BranchPlan:
     """What the branches of one request do.
 
     tail: text spliced behind the prompt before anything is sampled; "" for none.
-    temperatures: one per branch.
+    temperatures: one per branch; without any the prompt is only computed.
     max_tokens: of a reply; None for as long as the context allows.
     context: the longest sequence, in tokens.
     min_tokens: before which no end of sequence is sampled and no stop text counts.
@@ -67,10 +67,10 @@ def branches_of(plan: BranchPlan) -> Callable[[], Coroutine[Any, Any, None]]:
     async def branches() -> None:
         spliced = await aici.FixedTokens(plan.tail) if plan.tail else []
         aici.set_var(SPLICED, json.dumps([len(spliced), len(aici.detokenize(spliced).decode())]))
-        index = 0
-        if len(plan.temperatures) > 1:
-            await Prefill()
-            index = await aici.fork(len(plan.temperatures))
+        if not plan.temperatures:
+            await TakeBack(await aici.gen_tokens(max_tokens=1))
+            return
+        index = await aici.fork(len(plan.temperatures)) if len(plan.temperatures) > 1 else 0
         reply = Reply(plan)
         room = max(0, plan.context - len(aici.get_tokens()))
         tokens = await aici.gen_tokens(
@@ -79,23 +79,27 @@ def branches_of(plan: BranchPlan) -> Callable[[], Coroutine[Any, Any, None]]:
             min_tokens=min(plan.min_tokens, room),
             temperature=plan.temperatures[index],
         )
-        aici.set_var(outcome_of(index), json.dumps(reply.outcome(tokens)))
+        outcome = reply.outcome(tokens)
+        aici.set_var(outcome_of(index), json.dumps(outcome))
+        if outcome.closing:
+            # What the engine keeps of the branch is then the reply and no more.
+            await TakeBack(tokens[-outcome.closing :])
 
     return branches
 
 
-class Prefill(aici.NextToken):
-    """Have the engine compute all tokens so far: one step, whose sampled token is taken back.
+async def nothing() -> None:
+    """A controller for requests that only carry a word to the engine."""
 
-    A branch shares what its parent has computed at the fork. Without this the parent has computed nothing.
-    """
+
+class TakeBack(aici.NextToken):
+    """Take back `tokens` from the end of the text; no token is sampled for it."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._count = len(tokens)
 
     def mid_process(self) -> aici.MidProcessResult:
-        end = aici.eos_token()
-        mask = aici.TokenSet()
-        mask[end] = True
-        back = aici.Splice(when_sampled=[end], backtrack=1, ff_tokens=[])
-        return aici.MidProcessResult([aici.Branch(sample_mask=mask, splices=[back])])
+        return aici.MidProcessResult.splice(self._count, [])
 
 
 def make_constraint(shape: tuple[str, Any] | None, vocabulary: Vocabulary) -> Constraint:
@@ -134,11 +138,17 @@ class Reply(Constraint):
 
     def outcome(self, tokens: list[int]) -> Outcome:
         """How the reply ended, given the tokens that the generation took."""
-        closing = {*self.known_vocabulary().eos_token_ids, *self._plan.stop_token_ids}
-        closed = bool(tokens) and tokens[-1] in closing
+        closed = bool(tokens) and self._closes(tokens[-1])
         over = closed or self.shape.eos_forced()
-        reason = self._ended or ("stop" if over else "length")
-        return Outcome(reason, len(tokens) - closed, self._cut)
+        return Outcome(self._ended or ("stop" if over else "length"), int(closed), self._cut)
+
+    def _closes(self, token: int) -> bool:
+        """Whether a token ends a reply without being part of it."""
+        vocabulary = self.known_vocabulary()
+        if token in vocabulary.eos_token_ids:
+            return True
+        shown = self._plan.keep_stop and vocabulary.token_bytes(token)
+        return token in self._plan.stop_token_ids and not shown
 
     def eos_allowed(self) -> bool:
         return self.shape.eos_allowed()
@@ -167,7 +177,7 @@ class Reply(Constraint):
 
     def append_token(self, token: int) -> None:
         if token in self._plan.stop_token_ids:
-            self._end("stop", None if self._plan.keep_stop else len(self._text))
+            self._end("stop", None)
             return
         self.shape.append_token(token)
         self._tokens += 1

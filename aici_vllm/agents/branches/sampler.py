@@ -4,35 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections import Counter
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 from aici_vllm.agents.branches.condition import PrefixCondition, prefix_check
+from aici_vllm.agents.branches.kept import Kept, Search, names_over, search_of
 from aici_vllm.agents.branches.prompt import BranchPrompt, ChatTemplate
 from aici_vllm.agents.branches.questions import Asked, BranchModel, Questions
+from aici_vllm.agents.branches.replies import (
+    computed_prompt,
+    failure,
+    never_began,
+    replies_of,
+    result_of,
+)
 from aici_vllm.agents.errors import ModelCallError
-from aici_vllm.agents.messages import Conversation, TokenSequence
+from aici_vllm.agents.messages import Conversation
 from aici_vllm.agents.models.base import Reply
 from aici_vllm.agents.models.vllm import sampling_params
 from aici_vllm.agents.rounds import SampleRound
 
 if TYPE_CHECKING:
     from aici_vllm.agents.branches.program import BranchPlan
-    from aici_vllm.offline import BranchResult, ControllerResult
+    from aici_vllm.offline import ControllerResult, Usage
 
 REFUSED = ("logprobs", "prompt_logprobs", "ignore_eos")
 """Sampling parameters that a branch cannot follow."""
 
 
 @dataclass
+class EngineRequest:
+    """What is sent to the engine for a fork.
+
+    `start` is the checkpoint it goes on from. `output` is what came back, or the error that was raised.
+    """
+
+    prompt: dict[str, Any]
+    params: Any
+    start: Kept | None
+    output: Any = None
+
+
+@dataclass
 class Fork:
     """One request: the branches that continue one prompt under the same parameters.
 
-    `owners` names for each branch the question that its reply belongs to.
+    `owners` names for each branch the question that its reply belongs to. Without branches the request
+    computes the prompt, for others to go on from.
     """
 
     prompt: BranchPrompt
@@ -66,17 +89,32 @@ class _BranchSampler:
             raise ValueError(f"max_branches must be at least 1, got {max_branches}.")
         self.engine = engine
         self._sampling = dict(sampling or {})
-        self._template = ChatTemplate(engine.renderer, chat_template, dict(chat_template_kwargs or {}))
+        options, tokenizer = dict(chat_template_kwargs or {}), str(engine.model_config.tokenizer)
+        self._template = ChatTemplate(engine.renderer, chat_template, options, tokenizer)
         self._condition = condition
         self._context = int(engine.model_config.max_model_len)
         self._max_branches = max_branches or branch_limit(self._vllm_config())
         self._rng = rng
+        self._searches: weakref.WeakSet[Search] = weakref.WeakSet()
+        self._costs: Counter[str] = Counter()
+
+    @property
+    def usage(self) -> Usage:
+        """What the requests of this sampler cost so far, in sum."""
+        from aici_vllm.offline import Usage
+
+        return Usage(**{name: self._costs[name] for name in Usage.__dataclass_fields__})
 
     def _vllm_config(self) -> Any:
         return self.engine.vllm_config
 
     def _questions(self, round: SampleRound) -> Questions:
         return Questions(round, BranchModel(self._rng))
+
+    def _search_of(self, round: SampleRound) -> Search:
+        search = search_of(round.conversation, self.engine)
+        self._searches.add(search)
+        return search
 
     def _forks(self, asked: Sequence[Asked]) -> list[Fork]:
         """The requests that answer these questions: equal ones together, up to `max_branches` in one."""
@@ -100,8 +138,58 @@ class _BranchSampler:
         forks.append(Fork(prompt, api_kwargs))
         return forks[-1]
 
-    def _request(self, fork: Fork, number: int, round: SampleRound) -> tuple[dict[str, Any], Any]:
-        """What the engine gets: the prompt's tokens, and sampling parameters that carry the program.
+    def _answering(
+        self, asked: Sequence[Asked], round: SampleRound, search: Search
+    ) -> Iterator[list[EngineRequest]]:
+        """Answer the questions: yields requests to send together, and reads their outputs after that."""
+        forks = self._forks(asked)
+        yield from self._compute_shared(forks, round, search)
+        for fork, result in (yield from self._sending(forks, round, search)):
+            replies = replies_of(result, len(fork.owners), fork.prompt, search, self._template.tokenizer)
+            for owner, reply in zip(fork.owners, replies, strict=True):
+                if isinstance(reply, Reply):
+                    owner.replies.append(reply)
+                else:
+                    owner.error = owner.error or reply
+
+    def _compute_shared(
+        self, forks: list[Fork], round: SampleRound, search: Search
+    ) -> Generator[list[EngineRequest], None, None]:
+        """Have a prompt that several of the requests continue computed once, before they start from it.
+
+        Where that goes wrong they start from where it started, and find the error themselves.
+        """
+        counts = Counter(fork.prompt for fork in forks)
+        shared = [Fork(prompt, {}) for prompt, count in counts.items() if count > 1]
+        for one, result in (yield from self._sending(shared, round, search)):
+            computed = computed_prompt(result, one.prompt, search) or one.prompt
+            for fork in forks:
+                if fork.prompt == one.prompt:
+                    fork.prompt = computed
+
+    def _sending(
+        self, forks: list[Fork], round: SampleRound, search: Search
+    ) -> Generator[list[EngineRequest], None, list[tuple[Fork, ControllerResult | ModelCallError]]]:
+        """Each fork with its result; one whose checkpoint is gone is sent once more, with its tokens."""
+        finished = []
+        while forks:
+            requests = [self._request(fork, number, round, search) for number, fork in enumerate(forks)]
+            yield requests
+            again = []
+            for fork, request in zip(forks, requests, strict=True):
+                result = result_of(request.output)
+                if not isinstance(result, ModelCallError):
+                    self._costs.update(asdict(result.usage))
+                if request.start is not None and never_began(result):
+                    request.start.gone = True
+                    again.append(fork)
+                else:
+                    finished.append((fork, result))
+            forks = again
+        return finished
+
+    def _request(self, fork: Fork, number: int, round: SampleRound, search: Search) -> EngineRequest:
+        """What the engine gets: where the branches start, and sampling parameters that carry the program.
 
         `number` counts the requests that are sent together: seeded ones must not draw the same.
         """
@@ -109,16 +197,43 @@ class _BranchSampler:
         from aici_vllm.agents.branches.program import branches_of
 
         # A greedy request forgets top_k, so one that is not comes first where they differ.
-        params = sampling_params({**fork.api_kwargs, "temperature": max(fork.temperatures)}, final_only=True)
+        temperature = max(fork.temperatures, default=0.0)
+        params = sampling_params({**fork.api_kwargs, "temperature": temperature}, final_only=True)
         plan = self._plan(fork, params, round)
         params.stop, params.stop_token_ids, params.max_tokens = [], [], None
         params.min_tokens, params.structured_outputs = 0, None
         if params.seed is not None:
             params.seed += number
-        return (
-            {"prompt_token_ids": list(fork.prompt.token_ids)},
-            aici_vllm.request_params(branches_of(plan), sampling_params=params),
+        kept, over = fork.prompt.kept, names_over(self.engine)
+        start = kept if kept is not None and kept.is_in(self.engine) else None
+        params = aici_vllm.request_params(
+            branches_of(plan),
+            sampling_params=params,
+            checkpoint=search.next_name(),
+            from_checkpoint=None if start is None else start.name,
+            drop_checkpoints=over.popleft() if over else None,
         )
+        tokens = list(fork.prompt.token_ids) if start is None else []
+        return EngineRequest({"prompt_token_ids": tokens}, params, start)
+
+    def _forgetting(self) -> dict[Search, EngineRequest]:
+        """Requests that tell the engine to forget all that it keeps for this sampler."""
+        import aici_vllm
+        from aici_vllm.agents.branches.program import nothing
+
+        requests = {}
+        for search in list(self._searches):
+            params = aici_vllm.request_params(nothing, drop_checkpoints=search.name)
+            requests[search] = EngineRequest({"prompt_token_ids": []}, params, None)
+        return requests
+
+    def _forgot(self, requests: Mapping[Search, EngineRequest]) -> None:
+        """The engine was told. Raises the error of a request that did not reach it."""
+        for search, request in requests.items():
+            if isinstance(request.output, ModelCallError):
+                raise request.output
+            search.end()
+            self._searches.discard(search)
 
     def _plan(self, fork: Fork, params: Any, round: SampleRound) -> BranchPlan:
         from aici_vllm.agents.branches.program import BranchPlan
@@ -144,37 +259,54 @@ class EngineSampler(_BranchSampler):
     """Samples of a round as branches of one request to a `vllm.LLM` made with `**aici_vllm.engine_args()`.
 
     Pass it as `sampler=` to a call, to `run` or to `airetry`. It takes the place of the call's model, so the
-    call needs none. A round's prompt is computed once; a retry goes on from the tokens of the sample it
-    continues; a `PrefixCondition` ends a branch as soon as it must fail (its reply then has the finish reason
-    "condition"). More samples than the operator allows branches become several requests.
+    call needs none. A round's prompt is computed once; a retry goes on from the sample it continues, which
+    the engine keeps, and adds the feedback; a `PrefixCondition` ends a branch as soon as it must fail (its
+    reply then has the finish reason "condition"). More samples than the operator allows branches become
+    several requests.
+
+    The engine forgets a call's samples when the call is gone, when others need their place, and when the
+    sampler is closed or left as a context manager; it can be used again after that.
 
     Raises ModelCallError when the engine refuses or a branch fails; the samples before it stay in the tree.
     """
 
     def sample(self, round: SampleRound) -> Iterator[Conversation]:
         """Yield the samples of the round, in the order in which one call after the other gives them."""
-        questions = self._questions(round)
+        questions, search = self._questions(round), self._search_of(round)
         try:
             while questions.begin():
                 while asked := questions.open():
-                    self._answer(self._forks(asked), round)
+                    for requests in self._answering(asked, round, search):
+                        self._generate(requests)
                     questions.answered()
                 yield from questions.samples()
         finally:
             questions.close()
 
+    def close(self) -> None:
+        """Have the engine forget the samples now. Raises ModelCallError when it cannot be told."""
+        requests = self._forgetting()
+        self._generate(list(requests.values()))
+        self._forgot(requests)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _vllm_config(self) -> Any:
         return self.engine.llm_engine.vllm_config
 
-    def _answer(self, forks: list[Fork], round: SampleRound) -> None:
-        requests = [self._request(fork, number, round) for number, fork in enumerate(forks)]
-        prompts, params = [list(column) for column in zip(*requests, strict=True)]
+    def _generate(self, requests: list[EngineRequest]) -> None:
+        prompts = [request.prompt for request in requests]
+        params = [request.params for request in requests]
         try:
-            outputs = self.engine.generate(prompts, params, use_tqdm=False)
+            outputs = self.engine.generate(prompts, params, use_tqdm=False) if requests else []
         except Exception as error:
-            outputs = [failure(error)] * len(forks)
-        for fork, output in zip(forks, outputs, strict=True):
-            settle(fork, output)
+            outputs = [failure(error)] * len(requests)
+        for request, output in zip(requests, outputs, strict=True):
+            request.output = output
 
 
 class AsyncEngineSampler(_BranchSampler):
@@ -188,28 +320,40 @@ class AsyncEngineSampler(_BranchSampler):
 
     async def sample_async(self, round: SampleRound) -> AsyncIterator[Conversation]:
         """Yield the samples of the round, in the order in which one call after the other gives them."""
-        questions = self._questions(round)
+        questions, search = self._questions(round), self._search_of(round)
         try:
             while questions.begin():
                 while asked := questions.open():
-                    forks = enumerate(self._forks(asked))
-                    await asyncio.gather(*(self._answer(fork, number, round) for number, fork in forks))
+                    for requests in self._answering(asked, round, search):
+                        await self._generate_all(requests)
                     questions.answered()
                 for sample in questions.samples():
                     yield sample
         finally:
             questions.close()
 
-    async def _answer(self, fork: Fork, number: int, round: SampleRound) -> None:
-        prompt, params = self._request(fork, number, round)
+    async def close(self) -> None:
+        """Have the engine forget the samples now. Raises ModelCallError when it cannot be told."""
+        requests = self._forgetting()
+        await self._generate_all(list(requests.values()))
+        self._forgot(requests)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _generate_all(self, requests: Sequence[EngineRequest]) -> None:
+        await asyncio.gather(*(self._generate(request) for request in requests))
+
+    async def _generate(self, request: EngineRequest) -> None:
         request_id = f"agents-branches-{os.getpid()}-{next(self._numbers)}"
-        final: Any = None
         try:
-            async for output in self.engine.generate(prompt, params, request_id):
-                final = output
+            async for output in self.engine.generate(request.prompt, request.params, request_id):
+                request.output = output
         except Exception as error:
-            final = failure(error)
-        settle(fork, final)
+            request.output = failure(error)
 
 
 def branch_limit(vllm_config: Any) -> int:
@@ -231,54 +375,3 @@ def _shape(structured: Any) -> tuple[str, Any] | None:
         if getattr(structured, kind) is not None:
             return kind, getattr(structured, kind)
     raise ValueError("Branches can follow structured outputs of json, regex and choice; use one of these.")
-
-
-def failure(error: Exception) -> ModelCallError:
-    """What a sampler raises for an exception of the engine."""
-    wrapped = ModelCallError(f"vLLM failed: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def settle(fork: Fork, output: Any) -> None:
-    """Give each question the replies of its branches in a finished request, or the error that took them."""
-    try:
-        replies = _replies(fork, output)
-    except ModelCallError as error:
-        for owner in fork.owners:
-            owner.error = owner.error or error
-        return
-    for owner, reply in zip(fork.owners, replies, strict=True):
-        if isinstance(reply, Reply):
-            owner.replies.append(reply)
-        else:
-            owner.error = owner.error or reply
-
-
-def _replies(fork: Fork, output: Any) -> list[Reply | ModelCallError]:
-    from aici_vllm.offline import ControllerResult
-
-    if isinstance(output, ModelCallError):
-        raise output
-    found = (getattr(output, "kv_transfer_params", None) or {}).get("controller")
-    if found is None:
-        raise ModelCallError("vLLM ended the request without the results of its branches.")
-    result = ControllerResult.from_json(found)
-    if len(result.branches) < len(fork.owners):
-        raise ModelCallError(f"The request failed before its branches began: {result.branches[0].error}")
-    return [_reply(fork.prompt, result, branch) for branch in result.branches]
-
-
-def _reply(prompt: BranchPrompt, result: ControllerResult, branch: BranchResult) -> Reply | ModelCallError:
-    from aici_vllm.agents.branches.program import SPLICED, Outcome, outcome_of
-
-    if branch.error is not None:
-        return ModelCallError(f"Branch {branch.index} of the request failed in the engine: {branch.error}")
-    spliced, shown = json.loads(result.variables[SPLICED])
-    text, reply_ids = branch.text[shown:], branch.token_ids[spliced:]
-    told = result.variables.get(outcome_of(branch.index))
-    outcome = Outcome("length", len(reply_ids), None) if told is None else Outcome(*json.loads(told))
-    prompt_ids = (*prompt.token_ids, *branch.token_ids[:spliced])
-    sequence = TokenSequence(prompt.text, prompt_ids, text, tuple(reply_ids[: outcome.tokens]))
-    tokens = (len(prompt_ids), len(reply_ids))
-    return Reply(text[: outcome.cut], finish_reason=outcome.reason, tokens=tokens, sequence=sequence)

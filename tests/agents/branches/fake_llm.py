@@ -1,10 +1,12 @@
 """A stand-in for `vllm.LLM`: it runs controllers with the project's own groups, and its model reads a script.
 
 Tokens are single bytes, 256 ends a sequence. A chat ends with `A:`, after which the model writes its reply.
+Checkpoints are kept as the engine keeps them, as tokens.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -46,15 +48,20 @@ def encode(text: str, **options: Any) -> list[int]:
 
 
 class FakeLLM:
-    """What `EngineSampler` uses of an LLM. `requests` holds the prompts it was sent, as text."""
+    """What `EngineSampler` uses of an LLM.
+
+    `requests` holds the prompts it was sent, as text, `starts` the checkpoints that requests went on from.
+    """
 
     def __init__(self, answer: Answer, template: Callable[[Any], str] = chat, **limits: Any) -> None:
         config = {"aici": {"limits": limits}}
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=config))
-        self.model_config = SimpleNamespace(max_model_len=CONTEXT)
+        self.model_config = SimpleNamespace(max_model_len=CONTEXT, tokenizer="bytes")
         self.renderer = self
         self.limits = Limits.from_config(limits)
         self.requests: list[str] = []
+        self.starts: list[str] = []
+        self.checkpoints: OrderedDict[str, list[int]] = OrderedDict()
         self.params: list[Any] = []
         self.fails: Exception | None = None
         self._answer, self._template = answer, template
@@ -76,11 +83,41 @@ class FakeLLM:
 
         self.requests.append(bytes_of(prompt).decode())
         self.params.append(params)
-        controller = cloudpickle.loads(params.extra_args["controller"])
-        group = Group(vocabulary(), prompt, max_tokens=CONTEXT, context=CONTEXT, limits=self.limits)
-        engine = FakeEngine(group, choose=self._next)
-        engine.run(lambda branch: NativeProgram(controller, "", branch))
-        return SimpleNamespace(kv_transfer_params={"controller": found(group)})
+        args = params.extra_args
+        start = args.get("controller_from")
+        if start is not None:
+            assert prompt == []
+            self.starts.append(start)
+        known = start is None or start in self.checkpoints
+        group = self._group(prompt, start)
+        self._forget(args.get("controller_drop"))
+        controller = cloudpickle.loads(args["controller"])
+        if not known:
+            group.root.fail(f"there is no checkpoint {start!r}")
+        else:
+            FakeEngine(group, choose=self._next).run(lambda branch: NativeProgram(controller, "", branch))
+        return SimpleNamespace(kv_transfer_params={"controller": found(group, self._keep(group, args))})
+
+    def _group(self, prompt: list[int], start: str | None) -> Group:
+        tokens = prompt if start is None else self.checkpoints.get(start, [])
+        return Group(vocabulary(), list(tokens), max_tokens=CONTEXT, context=CONTEXT, limits=self.limits)
+
+    def _keep(self, group: Group, args: dict[str, Any]) -> dict[int, str]:
+        """Keep the branches that ended; their names by index."""
+        names = {}
+        for branch in group.branches:
+            if "controller_checkpoint" in args and branch.error is None:
+                name = f"{args['controller_checkpoint']}/{branch.index}"
+                self.checkpoints[name] = list(branch.sequence.tokens)
+                names[branch.index] = name
+        while len(self.checkpoints) > self.limits.checkpoints:
+            self.checkpoints.popitem(last=False)
+        return names
+
+    def _forget(self, name: str | None) -> None:
+        for known in list(self.checkpoints):
+            if name is not None and f"{known}/".startswith(f"{name}/"):
+                del self.checkpoints[known]
 
     def _next(self, branch: Branch, allowed: list[int]) -> int:
         prompt, said = bytes_of(branch.sequence.tokens).rsplit(b"A:", 1)
@@ -93,7 +130,7 @@ def bytes_of(tokens: Sequence[int]) -> bytes:
     return b"".join(b"<end>" if token == EOS else bytes([token]) for token in tokens)
 
 
-def found(group: Group) -> dict[str, Any]:
+def found(group: Group, checkpoints: dict[int, str]) -> dict[str, Any]:
     """What the engine reports of a group, as far as agents read it."""
     branches = []
     for branch in group.branches:
@@ -107,11 +144,12 @@ def found(group: Group) -> dict[str, Any]:
                 "finish_reason": branch.finish_reason,
                 "error": branch.error,
                 "logs": str(branch.log),
-                "checkpoint": None,
+                "checkpoint": checkpoints.get(branch.index),
             }
         )
     values = group.variables.snapshot()
     usage = dict.fromkeys(Usage.__dataclass_fields__, 0)
+    usage["sampled_tokens"] = sum(branch.sequence.sampled for branch in group.branches)
     return {
         "branches": branches,
         "variables": {name: value.decode() for name, value in values.items()},
