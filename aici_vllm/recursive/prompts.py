@@ -69,6 +69,19 @@ of the context.
 )
 """The same with a warning about the number of model calls, for models that make too many."""
 
+RLM_SYSTEM_PROMPT_ENGINE = (
+    RLM_SYSTEM_PROMPT
+    + """
+Here model calls take more keywords:
+- `llm_query_batched(questions, shared=text)`: every question is about `text`, which is read only once.
+- `llm_query(prompt, schema={...})` with a JSON schema, or `regex="..."`: the answer is sure to match.
+- `llm_query(prompt, fork=True)` and `rlm_query(prompt, fork=True)`: the model goes on from this \
+conversation and knows all of it. A child made so has the same `context`.
+- `max_tokens=` and `timeout_s=` limit an answer.
+"""
+)
+"""The same with the keywords that an engine's backend adds, for runs with `EngineChat`."""
+
 _FIRST_TURN = (
     "You have not looked at the context and have run nothing yet. Do not give a final answer in this reply; "
     "start by looking at the context.\n\n"
@@ -78,6 +91,11 @@ _INSTRUCTION = "Think step by step about what to do in the REPL, which holds the
 _NEXT = (
     "\n\nGo on with the REPL: write the next ```repl block, and query sub-models where that helps. "
     "Your next action:"
+)
+
+_FORKED = (
+    "This conversation now goes on in a child of the run above, with a fresh REPL: of the variables above "
+    "only `context` exists there. Do only the following sub-task, and give its answer with FINAL(...). "
 )
 
 NO_CODE_NUDGE = (
@@ -130,6 +148,11 @@ def build_user_prompt(
     elif history_count > 1:
         text += f"\n\nEarlier conversations are in the variables history_0 to history_{history_count - 1}."
     return {"role": "user", "content": text}
+
+
+def build_forked_prompt(task: str) -> dict[str, str]:
+    """The user message with which a child goes on from its parent's conversation."""
+    return {"role": "user", "content": f'{_FORKED}Sub-task: "{task}".{_NEXT}'}
 
 
 def build_initial_prompt(

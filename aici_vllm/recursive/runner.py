@@ -18,6 +18,7 @@ from .backends import (
     SubcallComplete,
     SubcallStart,
 )
+from .budget import TokenBudgetExceeded
 from .calltree import CallNode, preview
 from .chat import ChatFn, call_off_loop, run_to_end, settle, with_model
 from .deadline import NEVER, Deadline, DeadlineExceeded, call_within
@@ -77,7 +78,7 @@ class LocalRLMRunner:
     env_max_iterations_multiplier=)` replaces the backend, for instance to give sub-calls a smaller model.
     `strict=True` takes final answers only from the helpers and the `answer` dict, never from text, and gives
     batches over `max_children_per_batch` their full length. `node`, when set before a run, is the node of the
-    call tree that the run fills.
+    call tree that the run fills; `opening`, when set, is the conversation that it begins with.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class LocalRLMRunner:
         self.sandbox_limits = sandbox_limits
         self.quote_task_every_turn = quote_task_every_turn
         self.node: CallNode | None = None
+        self.opening: list[dict[str, str]] | None = None
         self._chat_fn = with_model(llm_chat_fn)
 
     def run(
@@ -154,6 +156,8 @@ class LocalRLMRunner:
             return self._timed_out(run)
         finally:
             await run.env.aclose()
+            if hasattr(run.backend, "aclose"):
+                await run.backend.aclose()
 
     # Setting up
 
@@ -162,9 +166,10 @@ class LocalRLMRunner:
     ) -> _Run:
         node, self.node = self.node or CallNode("run", self.depth, preview(task), model), None
         backend = self._make_backend(asynchronous)
-        messages = self._first_messages(context, task)
+        messages, self.opening = self.opening or self._first_messages(context, task), None
         limit = NEVER if asynchronous else deadline
-        for name, value in (("node", node), ("deadline", limit), ("messages", messages)):
+        told = {"node": node, "deadline": limit, "messages": messages, "context": context}
+        for name, value in told.items():
             if hasattr(backend, name):
                 setattr(backend, name, value)
         env = REPLEnvironment(
@@ -200,6 +205,7 @@ class LocalRLMRunner:
             per_child_timeout_s=self.per_child_timeout_s,
         )
         kind = AsyncChildRLMBackend if asynchronous else LocalChildRLMBackend
+        kind = getattr(self.llm_chat_fn, "backend_kind", kind)
         return kind(
             self.llm_chat_fn,
             runner_factory=self._child_factory,
@@ -239,6 +245,8 @@ class LocalRLMRunner:
             return self._result(run, run.env.state.final_answer or await self._last_chance(run))
         except DeadlineExceeded:
             return self._timed_out(run)
+        except TokenBudgetExceeded as error:
+            return self._result(run, f"Error: {error}")
         except BaseException as error:
             run.node.finish(error=str(error) or type(error).__name__)
             raise
@@ -290,7 +298,7 @@ class LocalRLMRunner:
         try:
             reply = await self._chat(run, [*run.messages, {"role": "user", "content": LAST_CHANCE}])
             marker = find_in_reply(reply)
-        except DeadlineExceeded:
+        except (DeadlineExceeded, TokenBudgetExceeded):
             raise
         except Exception as error:
             self._report(f"depth {self.depth}: the last call failed: {error}")
