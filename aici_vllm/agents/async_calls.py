@@ -120,7 +120,8 @@ async def run_async(
     """`run`, with the round's requests in parallel.
 
     `progress` is called after each finished request. Cancelling keeps the samples that are finished and
-    leaves the call in order, with `success` False. `sampler` replaces the parallel sampler.
+    leaves the call in order, with `success` False. `sampler`, or the call's own, replaces the parallel
+    sampler; it takes no `progress` and no `max_concurrency`.
     """
     await _run_round(aicall, verbose, catch_errors, sampler, progress, max_concurrency, None, kwargs)
     return aicall
@@ -136,11 +137,25 @@ async def _run_round(
     condition: Callable[[AICall], Any] | None,
     kwargs: dict[str, Any],
 ) -> None:
-    own = call.sampler if hasattr(call.sampler, "sample_async") else None
-    chosen: AsyncSampler = sampler or own or ParallelSampler(max_concurrency, progress)
+    chosen = _sampler_for(sampler or call.sampler, progress, max_concurrency)
     with collecting(call, verbose, catch_errors, condition, kwargs) as collection:
         async for conversation in chosen.sample_async(collection.round):
             collection.add(conversation)
+
+
+def _sampler_for(
+    given: Any, progress: Callable[[Progress], None] | None, max_concurrency: int | None
+) -> AsyncSampler:
+    """The given sampler, else a parallel one, to which the other arguments belong."""
+    if given is None:
+        return ParallelSampler(max_concurrency, progress)
+    name = type(given).__name__
+    if not hasattr(given, "sample_async"):
+        raise TypeError(f"{name} is not an asynchronous sampler; use run and airetry.")
+    if progress is not None or max_concurrency is not None:
+        raise ValueError(f"progress and max_concurrency are for the parallel sampler and not for {name}.")
+    chosen: AsyncSampler = given
+    return chosen
 
 
 async def evaluate_condition_async(

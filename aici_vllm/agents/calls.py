@@ -200,6 +200,8 @@ def run_round(
 ) -> None:
     """Generate one round of samples and put them into the call's tree."""
     chosen: Sampler = sampler or call.sampler or SequentialSampler()
+    if not hasattr(chosen, "sample"):
+        raise TypeError(f"{type(chosen).__name__} is an asynchronous sampler; use run_async, airetry_async.")
     with collecting(call, verbose, catch_errors, condition, kwargs) as collection:
         for conversation in chosen.sample(collection.round):
             collection.add(conversation)

@@ -332,3 +332,19 @@ def test_an_asynchronous_sampler() -> None:
     call = asyncio.run(main())
     assert [round.condition is None for round in rounds] == [True, False]
     assert len(call.samples) == 5
+
+
+def test_samplers_of_the_wrong_kind_are_refused() -> None:
+    class Synchronous:
+        def sample(self, round: SampleRound) -> Any:
+            return iter(())
+
+    call = AIGenerate("x", sampler=Synchronous())
+    with pytest.raises(TypeError, match="Synchronous is not an asynchronous sampler"):
+        asyncio.run(run_async(call))
+    with pytest.raises(TypeError, match="ParallelSampler is an asynchronous sampler"):
+        run(call, sampler=ParallelSampler())  # type: ignore[arg-type]
+    for option in ({"progress": print}, {"max_concurrency": 2}):
+        with pytest.raises(ValueError, match="are for the parallel sampler"):
+            asyncio.run(run_async(call, sampler=ParallelSampler(), **option))  # type: ignore[arg-type]
+    assert call.success is None

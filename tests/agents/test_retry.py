@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import logging
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -513,3 +514,21 @@ def test_a_deep_branch_of_retries() -> None:
     airetry(lambda c: c.config.calls == 300, run(call), verbose=0)
     assert call.success is True
     assert call.config.calls == 300
+
+
+def test_a_call_whose_tree_is_a_chain_of_10_000_samples() -> None:
+    model = ScriptedModel(["x", "a"])
+    call = run(AIGenerate(model, "p", config=RetryConfig(n_samples=1, max_calls=20_000)))
+    node = call.samples.children[0]
+    for number in range(9_998):
+        node.feedback, node.success = f"\nno {number}", False
+        node = expand(node, [*call.samples.data, AIMessage("x")], success=True)
+    call.conversation, call.active_sample_id = node.data, node.id
+    call.config.feedback_inplace = True
+    airetry(starts("a"), call, "the last")
+    assert call.success is True and len(call.samples) == 10_001
+    assert model.calls[1].prompt[-1].content.count("no ") == 9_998
+    assert call.copy() == call
+    for twin in (copy.deepcopy(call), pickle.loads(pickle.dumps(call))):
+        assert twin.samples == call.samples and len(twin.samples) == 10_001
+    assert "Success: True" in repr(call)
