@@ -1,9 +1,26 @@
-"""`aici serve MODEL …`: `vllm serve` with the flags that let it run controllers."""
+"""`aici serve MODEL …`: `vllm serve` with the flags and the plugin that let it run controllers."""
 
 import argparse
+import os
 import sys
+from collections.abc import Iterable
+from importlib.metadata import entry_points
 
 FLAGS = ("--scheduler-cls", "aici_vllm.Scheduler", "--worker-cls", "aici_vllm.Worker")
+
+PLUGIN = "aici"
+ALLOWED = "VLLM_PLUGINS"
+
+LOADED_BY_DEFAULT = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+"""Groups of which vLLM loads everything while `VLLM_PLUGINS` is unset."""
+
+ONLY_BY_NAME = frozenset(["lora_hf_hub_resolver"])
+"""vLLM's own plugin that downloads: it does nothing unless the operator names it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +40,23 @@ def run(arguments: argparse.Namespace) -> int:
         except ModelError as error:
             print(f"aici serve: {error}", file=sys.stderr)
             return 1
+    os.environ[ALLOWED] = allowed_plugins(os.environ.get(ALLOWED))
     vllm_command_line(["serve", model, *arguments.vllm_arguments, *FLAGS])
     return 0
+
+
+def allowed_plugins(set_by_operator: str | None) -> str:
+    """`VLLM_PLUGINS` with our name in it, and all else as it would have been.
+
+    vLLM adds routes only for plugins that this variable names. But once it is set, nothing else loads
+    that it does not name, so what loads while it is unset is named too.
+    """
+    if set_by_operator is None:
+        names = [entry.name for group in LOADED_BY_DEFAULT for entry in entry_points(group=group)]
+    else:
+        names = set_by_operator.split(",")
+    return ",".join(_with_ours(name for name in names if set_by_operator or name not in ONLY_BY_NAME))
+
+
+def _with_ours(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*filter(None, names), PLUGIN]))

@@ -2,7 +2,8 @@
 
 A request carries a controller in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`):
 
-- `controller`: source text, or the name of a controller that the operator installed;
+- `controller`: source text, the name of a controller that the operator installed, or, on a server that
+  stores controllers, the hash or tag of one;
 - `controller_arg`: a string for it;
 - `controller_checkpoint`: a name under which the engine keeps each branch when it ends, as `NAME/INDEX`;
 - `controller_from`: such a branch, whose text is this request's prompt;
@@ -35,7 +36,7 @@ CONFIG_KEY = "aici"
 NAME_LENGTH = 200
 """Characters in the name of a checkpoint."""
 
-_NAME = re.compile(r"[A-Za-z][\w.-]{0,99}")
+_NAME = re.compile(r"[A-Za-z][\w.-]{0,99}|[0-9a-f]{64}")
 
 
 def operator_config(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def is_controlled(params: Any) -> bool:
     return isinstance(params, SamplingParams) and CONTROLLER in (params.extra_args or {})
 
 
+@functools.cache
 def installed_controllers() -> dict[str, str]:
     """Name → `module:function` of every controller that the operator installed."""
     return {entry.name: entry.value for entry in entry_points(group=INSTALLED_GROUP)}
@@ -77,6 +79,18 @@ def load_installed(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
             return controller
     known = ", ".join(sorted(installed_controllers())) or "none is installed"
     raise BadRequestError(f"unknown controller {name!r}; installed: {known}")
+
+
+Resolve = Callable[[str], str | None]
+"""The source behind the name of a stored controller; None where the name is an installed one."""
+
+_resolve: Resolve = lambda name: None  # noqa: E731
+
+
+def resolve_names_with(resolve: Resolve) -> None:
+    """Have every name that a request brings to this process looked up by `resolve` first."""
+    global _resolve
+    _resolve = resolve
 
 
 def is_name(controller: str) -> bool:
@@ -120,8 +134,13 @@ def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
     elif not isinstance(controller, str):
         raise BadRequestError(f"{CONTROLLER} must be a string, not {type(controller).__name__}")
     elif is_name(controller):
-        load_installed(controller)
-    else:
+        source = _resolve(controller)
+        if source is None:
+            load_installed(controller)
+        else:
+            # The engine knows no store: it gets the text.
+            args[CONTROLLER] = controller = source
+    if isinstance(controller, str) and not is_name(controller):
         # Most requests bring a name or nothing: only source needs the parser.
         from aici_vllm.controller.check import check_source
 

@@ -104,6 +104,30 @@ def allow_empty_prompts(controlled: Callable[[dict[str, Any]], bool]) -> None:
     request.model_rebuild(force=True)
 
 
+def keep_merged_lists(key: str) -> None:
+    """Have outputs that vLLM merges keep the list under `key` of both their `kv_transfer_params`.
+
+    Outputs merge when a client reads more slowly than the engine runs; vLLM keeps the last one's
+    `kv_transfer_params` only, since its own come once.
+    """
+    from vllm.outputs import RequestOutput
+
+    original = RequestOutput.add
+    if hasattr(original, "aici_keeps"):
+        return
+
+    @functools.wraps(original)
+    def add(self: Any, next_output: Any, aggregate: bool) -> None:
+        earlier = (self.kv_transfer_params or {}).get(key)
+        original(self, next_output, aggregate)
+        if earlier:
+            later = self.kv_transfer_params or {}
+            self.kv_transfer_params = {**later, key: [*earlier, *later.get(key, [])]}
+
+    add.aici_keeps = True  # type: ignore[attr-defined]
+    RequestOutput.add = add  # type: ignore[method-assign]
+
+
 def wrap_allocation(manager: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put `wrap` around a KV cache manager's `allocate_slots`: the scheduler asks nobody else for blocks."""
     manager.allocate_slots = wrap(manager.allocate_slots)

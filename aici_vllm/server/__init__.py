@@ -1,0 +1,1 @@
+"""Controllers over HTTP: routes that vLLM's server takes in as the endpoint plugin `aici`."""

@@ -1,0 +1,228 @@
+"""The routes themselves: `/v1/controllers`, `/v1/controllers/tags`, `/v1/run`."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from aici_vllm.server import protocol, runs
+from aici_vllm.server.catalog import Catalog
+from aici_vllm.server.errors import ServiceError, StoreError, bad_request, forbidden
+from aici_vllm.server.settings import ServerSettings
+from aici_vllm.server.store import Store, StoredController, Tag
+from aici_vllm.server.users import User, user_of
+
+logger = logging.getLogger(__name__)
+
+SOURCE_TYPES = ("text/x-python", "text/plain")
+"""Content types of a script; a client that names none is believed to send one."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes work with; `app.state.aici` while the server runs.
+
+    Attributes:
+        has_keys: whether clients need one of vLLM's API keys.
+    """
+
+    settings: ServerSettings
+    catalog: Catalog
+    front: runs.Front
+    has_keys: bool
+
+    @property
+    def store(self) -> Store:
+        return self.catalog.store
+
+
+def attach(app: FastAPI) -> None:
+    """Add the routes to vLLM's server, and its answer to what they refuse."""
+    app.include_router(router)
+    app.add_exception_handler(ServiceError, _refuse)
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    if isinstance(error, StoreError):
+        logger.error("%s %s: %s", request.method, request.url.path, error)
+    kind = "".join(error.status.phrase.title().split()) + "Error"
+    body = protocol.Error(message=error.message, type=kind, code=error.status)
+    return JSONResponse(protocol.ErrorAnswer(error=body).model_dump(), status_code=error.status)
+
+
+def _refusals(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    always = (HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE)
+    return {status.value: {"model": protocol.ErrorAnswer} for status in (*statuses, *always)}
+
+
+router = APIRouter(tags=["controllers"])
+
+_SOURCE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"text/x-python": {"schema": {"type": "string", "description": "source of a controller"}}},
+    }
+}
+
+
+@router.post(
+    "/v1/controllers",
+    response_model=protocol.Uploaded,
+    openapi_extra=_SOURCE_BODY,
+    responses=_refusals(
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        HTTPStatus.INSUFFICIENT_STORAGE,
+    ),
+)
+async def upload(request: Request) -> protocol.Uploaded:
+    """Store the source of a controller. The same source gives the same `module_id`, whoever sends it."""
+    service = _service(request)
+    _check_may_write(service)
+    started = time.monotonic()
+    source = await _body(request, service.catalog.limits.source_bytes)
+    await asyncio.to_thread(service.catalog.check, source)
+    stored = await asyncio.to_thread(service.store.put, source)
+    return protocol.Uploaded(
+        module_id=stored.module_id,
+        wasm_size=stored.size,
+        compiled_size=stored.size,
+        time=round(1000 * (time.monotonic() - started)),
+    )
+
+
+@router.get("/v1/controllers", response_model=protocol.Controllers, responses=_refusals())
+async def controllers(request: Request) -> protocol.Controllers:
+    """Every controller that a request can name: the operator's, and those that were uploaded."""
+    service = _service(request)
+    stored, tags = await asyncio.to_thread(_stored, service.store)
+    installed = service.catalog.installed()
+    return protocol.Controllers(
+        installed=[
+            protocol.InstalledController(name=name, target=installed[name]) for name in sorted(installed)
+        ],
+        stored=[
+            protocol.StoredController(
+                module_id=one.module_id,
+                size=one.size,
+                uploaded_at=int(one.uploaded_at),
+                tags=sorted(tag.tag for tag in tags if tag.module_id == one.module_id),
+            )
+            for one in stored
+        ],
+    )
+
+
+@router.get("/v1/controllers/tags", response_model=protocol.Tags, responses=_refusals())
+async def tags(request: Request) -> protocol.Tags:
+    """Every tag, the one that moved last first."""
+    service = _service(request)
+    stored, found = await asyncio.to_thread(_stored, service.store)
+    return _tags(found, stored)
+
+
+@router.post(
+    "/v1/controllers/tags",
+    response_model=protocol.Tags,
+    responses=_refusals(
+        HTTPStatus.BAD_REQUEST, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.INSUFFICIENT_STORAGE
+    ),
+)
+async def move_tags(body: protocol.MoveTags, request: Request) -> protocol.Tags:
+    """Make tags for a stored controller, or move those that exist: all of them, or none."""
+    service = _service(request)
+    _check_may_write(service)
+    user = user_of(request.headers, service.settings, service.has_keys)
+    return await asyncio.to_thread(_move_tags, service, body, user)
+
+
+@router.post(
+    "/v1/run",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "Server-sent events: an InitialRun, a Run for every step, then `[DONE]`",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "model": protocol.Run,
+        },
+        **_refusals(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND),
+    },
+)
+async def run(body: protocol.RunRequest, request: Request) -> StreamingResponse:
+    """Run a controller, and tell of every branch after each step. Leaving ends the request."""
+    service = _service(request)
+    prepared = await runs.prepare(service.front, service.catalog, body)
+    events: AsyncIterator[str] = runs.stream(service.front, prepared, request.headers)
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+def _service(request: Request) -> Service:
+    service = getattr(request.app.state, "aici", None)
+    if not isinstance(service, Service):
+        raise ServiceError(
+            HTTPStatus.SERVICE_UNAVAILABLE, "this server has no engine that generates: it runs no controllers"
+        )
+    return service
+
+
+def _check_may_write(service: Service) -> None:
+    if service.settings.restricted:
+        raise forbidden("module upload disabled: this server's operator lets nobody add controllers or tags")
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body of a request, as long as it has at most `limit` bytes."""
+    kind = request.headers.get("content-type", SOURCE_TYPES[0]).partition(";")[0].strip().lower()
+    if kind not in SOURCE_TYPES:
+        raise ServiceError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"a controller is Python source: send content-type {SOURCE_TYPES[0]}, not {kind}",
+        )
+    source = bytearray()
+    async for piece in request.stream():
+        source += piece
+        if len(source) > limit:
+            raise ServiceError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a script may have {limit} bytes, and this one has more"
+            )
+    if not source:
+        raise bad_request("the body is empty: it must be the source of a controller")
+    return bytes(source)
+
+
+def _stored(store: Store) -> tuple[list[StoredController], list[Tag]]:
+    return store.sources(), store.tags()
+
+
+def _move_tags(service: Service, body: protocol.MoveTags, user: User) -> protocol.Tags:
+    for tag in body.tags:
+        service.catalog.check_tag(tag, user)
+    moved = service.store.move_tags(body.module_id, body.tags, user.name, user.admin)
+    return _tags(moved, service.store.sources())
+
+
+def _tags(found: list[Tag], stored: list[StoredController]) -> protocol.Tags:
+    sizes = {one.module_id: one.size for one in stored}
+    return protocol.Tags(
+        tags=[
+            protocol.Tag(
+                tag=tag.tag,
+                module_id=tag.module_id,
+                owner=tag.owner,
+                updated_at=int(tag.updated_at),
+                updated_by=tag.updated_by,
+                wasm_size=sizes.get(tag.module_id, 0),
+                compiled_size=sizes.get(tag.module_id, 0),
+            )
+            for tag in found
+        ]
+    )
