@@ -128,7 +128,7 @@ class Names(Protocol):
         """The name after `text`, None where it cannot be followed."""
 
     def __len__(self) -> int:
-        """What it remembers, in states."""
+        """How many states it remembers."""
 
 
 class GuidanceGrammar:
@@ -148,7 +148,8 @@ class GuidanceGrammar:
         self.start: Position = (self.number, 0 if names_of else History(None, 0))
         self._names_of = names_of
         # Of positions: where a token leads, whether the text may end, the bytes that must follow.
-        self.steps: dict[tuple[Position, int], Position] = {}
+        self.steps: dict[Position, dict[int, Position]] = {}
+        self._num_steps = 0
         self.ends: dict[Position, bool] = {}
         self.forced: dict[Position, bytes] = {}
         self.runs: dict[tuple[Position, tuple[int, ...]], list[int]] = {}
@@ -157,19 +158,27 @@ class GuidanceGrammar:
     def _names(self) -> Names | None:
         return self._names_of() if self._names_of else None
 
-    def __len__(self) -> int:
-        return len(self._names) if "_names" in self.__dict__ and self._names else 0
+    def num_states(self) -> int:
+        names = self.__dict__.get("_names")
+        return len(names) if names else 0
 
     def after(self, position: Position, token: int) -> Position:
         """The position after `token`, which may follow."""
         name = position[1]
         found: Hashable | None = None
         if not isinstance(name, History) and self._names is not None:
-            found = self._names.after(name, self.vocabulary.token_bytes(token))
+            found = self._names.after(name, self.vocabulary.texts[token])
         if found is None:
             since, tokens = name if isinstance(name, History) else (name, 0)
             found = History(since, (tokens * BASE + token + 1) % PRIME)
-        return remember(self.steps, (position, token), (self.number, found))
+        if self._num_steps >= MAX_STEPS:
+            self.steps.clear()
+            self._num_steps = 0
+        self._num_steps += 1
+        # Positions that are met again are one object, so that a comparison of keys is one of identities.
+        after = position if found == name else (self.number, found)
+        self.steps.setdefault(position, {})[token] = after
+        return after
 
 
 class GuidanceConstraint(Constraint):
@@ -202,8 +211,8 @@ class GuidanceConstraint(Constraint):
         allowed.row[:] = self.mask_row()
 
     def append_token(self, token: int) -> None:
-        grammar = self._grammar
-        after = grammar.steps.get((self._position, token))
+        onward = self._grammar.steps.get(self._position)
+        after = None if onward is None else onward.get(token)
         if after is None:
             after = self._new_step(token)
         self._position = after

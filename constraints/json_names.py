@@ -78,9 +78,19 @@ class SchemaNames(Automaton):
 
     def after(self, name: Name, text: bytes) -> Name | None:
         """The name after `text`, None where the automaton cannot follow."""
-        state, mark, kept = (name, 0, False) if isinstance(name, int) else name
         rows, watched = self._rows, self.watched
         try:
+            if isinstance(name, int):
+                state = name
+                for byte in text:
+                    state = (rows[state] or self.row(state))[byte]
+                    if state < 0:
+                        return None
+                    if watched[state]:
+                        break
+                else:
+                    return state
+            state, mark, kept = (name, 0, False) if isinstance(name, int) else name
             for byte in text:
                 state = (rows[state] or self.row(state))[byte]
                 if state < 0:

@@ -70,6 +70,9 @@ class OptionsMachine(LiteralMachine[int]):
     def start(self) -> int:
         return 0
 
+    def num_states(self) -> int:
+        return len(self._children)
+
     def edges(self, state: int) -> Iterable[tuple[int, int]]:
         return self._children[state].items()
 
@@ -117,6 +120,9 @@ class SubstringMachine(LiteralMachine[int]):
             self._states.append(state)
             self._edges.append(None)
         return number
+
+    def num_states(self) -> int:
+        return len(self._states)
 
     def _ends_word(self, place: int) -> bool:
         return place == len(self.template) or self.template[place] == SPACE

@@ -6,24 +6,28 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from constraints.constraint import Constraint
 from constraints.errors import ConstraintError
 from constraints.forced import CONTEXT, canonical_run
-from constraints.masks import owners
-from constraints.token_set import Row, TokenSet
+from constraints.masks import masks, owners
+from constraints.token_set import Row, TokenSet, freeze
 from constraints.vocabulary import Vocabulary
 
 State = TypeVar("State", bound=Hashable)
 
 MAX_STEPS = 20_000
 """Remembered (state, token) pairs, next bytes and forced runs of one machine, each."""
-MAX_STATES = 100_000
-"""States of one machine, after which the next sequence starts on a fresh one."""
+MAX_STATES = 20_000
+"""States of one machine, after which the next sequence starts on a fresh one. A state takes some 3 KB."""
+MAX_ALL_STATES = 60_000
+"""States of all machines that are kept for the next sequences."""
 MAX_RUN = 4096
 """Bytes of one forced run."""
 MAX_MACHINES = 256
+COUNTED_EVERY = 8
+"""Compilations between two counts of all states: a count takes some 20 µs."""
 
 
 class Machine(ABC, Generic[State]):
@@ -35,7 +39,9 @@ class Machine(ABC, Generic[State]):
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
         self.number = next(owners)
-        self._steps: dict[tuple[State, int], State | None] = {}
+        self.steps: dict[State, dict[int, State]] = {}
+        """The states that tokens are known to lead to."""
+        self._num_steps = 0
         self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}
 
@@ -66,16 +72,20 @@ class Machine(ABC, Generic[State]):
 
     def advance(self, state: State, token: int) -> State | None:
         """The state after `token`, None when it is not allowed."""
-        key = (state, token)
-        try:
-            return self._steps[key]
-        except KeyError:
-            pass
-        text = self.vocabulary.token_bytes(token) if 0 <= token < self.vocabulary.size else b""
+        onward = self.steps.get(state)
+        if onward is not None and (known := onward.get(token)) is not None:
+            return known
+        text = self.vocabulary.texts[token] if 0 <= token < self.vocabulary.size else b""
         found = self.step(state, text) if text else None
-        if len(self._steps) >= MAX_STEPS:
-            self._steps.clear()
-        self._steps[key] = found
+        if found is None:
+            return None
+        if self._num_steps >= MAX_STEPS:
+            self.steps.clear()
+            self._num_steps, onward = 0, None
+        if onward is None:
+            onward = self.steps[state] = {}
+        self._num_steps += 1
+        onward[token] = found
         return found
 
     def following(self, state: State) -> bytes:
@@ -87,13 +97,13 @@ class Machine(ABC, Generic[State]):
             known = self._following[state] = self.next_bytes(state)
         return known
 
-    def worn(self) -> bool:
-        """Whether so many states were met that a fresh machine should take over, to bound memory."""
-        return False
+    def num_states(self) -> int:
+        """How many states it remembers: its memory."""
+        return 0
 
     def forget(self) -> None:
         """Drop what is remembered of states and tokens, because it changed."""
-        self._steps.clear()
+        self.steps.clear()
         self._following.clear()
         self._runs.clear()
 
@@ -131,6 +141,7 @@ class MachineConstraint(Constraint, Generic[State]):
     def __init__(self, machine: Machine[State]):
         super().__init__(machine.vocabulary)
         self.machine = machine
+        self._steps = machine.steps
         self._state = machine.start
         self._tokens: list[int] = []
         self._states: list[State] = [machine.start]
@@ -150,19 +161,30 @@ class MachineConstraint(Constraint, Generic[State]):
         allowed.row[:] = self.mask_row()
 
     def append_token(self, token: int) -> None:
-        if token not in self.vocabulary.eos_token_ids:
-            after = self.machine.advance(self._state, token)
-            if after is None:
-                raise self._refusal(token)
-            self._state = after
+        onward = self._steps.get(self._state)
+        after = None if onward is None else onward.get(token)
+        if after is None:
+            after = self._state if token in self.vocabulary.eos_token_ids else self._advance(token)
+        self._state = after
         self._tokens.append(token)
-        self._states.append(self._state)
+        self._states.append(after)
+
+    def _advance(self, token: int) -> State:
+        after = self.machine.advance(self._state, token)
+        if after is None:
+            raise self._refusal(token)
+        return after
 
     def forced_tokens(self) -> list[int]:
         return self.machine.forced_run(self._state, self._tokens)
 
     def state_key(self) -> Hashable:
         return self.machine.number, self.machine.state_key(self._state)
+
+    def mask_row(self) -> Row:
+        key = self.machine.number, self.machine.state_key(self._state)
+        known = masks.get(key)
+        return masks.put(key, freeze(self._make_row())) if known is None else known
 
     def _make_row(self) -> Row:
         row = self.machine.text_row(self._state, self._tokens)
@@ -185,31 +207,55 @@ class MachineConstraint(Constraint, Generic[State]):
         return twin
 
 
-class _Compiled:
-    """What was compiled lately, by what it was compiled from."""
+class Sized(Protocol):
+    """What is kept after it was compiled."""
+
+    def num_states(self) -> int:
+        """How many states it remembers: its memory."""
+
+
+Made = TypeVar("Made", bound=Sized)
+
+
+class Compiled:
+    """What was compiled lately, by what it was compiled from. Bounded in number and in states."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._made = 0
         self._lock = Lock()
 
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
 
-    def get(self, key: Hashable, compile: Callable[[], Any]) -> Any:
+    def num_states(self) -> int:
+        """States of all that is kept."""
+        return sum(made.num_states() for made in tuple(self._kept.values()))
+
+    def get(self, key: Hashable, compile: Callable[[], Made]) -> Made:
+        """What was compiled from `key`, compiled anew when it has grown too large."""
         with self._lock:
-            found = self._kept.get(key)
-            if found is not None and not (isinstance(found, Machine) and found.worn()):
+            found: Made | None = self._kept.get(key)
+            if found is not None and found.num_states() <= MAX_STATES:
                 self._kept.move_to_end(key)
                 return found
             self._kept.pop(key, None)
         made = compile()
         with self._lock:
-            kept = self._kept.setdefault(key, made)
-            while len(self._kept) > MAX_MACHINES:
-                self._kept.popitem(last=False)
+            kept: Made = self._kept.setdefault(key, made)
+            self._trim()
             return kept
 
+    def _trim(self) -> None:
+        while len(self._kept) > MAX_MACHINES:
+            self._kept.popitem(last=False)
+        self._made += 1
+        if self._made % COUNTED_EVERY == 0:
+            total = self.num_states()
+            while total > MAX_ALL_STATES and len(self._kept) > 1:
+                total -= self._kept.popitem(last=False)[1].num_states()
 
-compiled = _Compiled()
+
+compiled = Compiled()
 """Equal sources give one machine, and so share masks."""

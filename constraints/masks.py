@@ -12,47 +12,66 @@ from constraints.token_set import Row
 DEFAULT_BYTES = 256 * 1024 * 1024
 
 
-class MaskCache:
-    """Masks by state key. The least recently used go first when `max_bytes` is reached.
+class _Kept:
+    """A mask, and whether it was asked for since it was last looked at for dropping."""
 
-    Thread-safe. `hits` and `misses` count since the start.
+    __slots__ = ("row", "used")
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.used = False
+
+
+class MaskCache:
+    """Masks by state key. When `max_bytes` is reached, those not asked for lately go, the oldest first.
+
+    Thread-safe. `misses` counts since the start.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.hits = 0
         self.misses = 0
-        self._rows: OrderedDict[Hashable, Row] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._kept)
 
     def get(self, key: Hashable) -> Row | None:
-        with self._lock:
-            row = self._rows.get(key)
-            if row is None:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._rows.move_to_end(key)
-            return row
+        # On the path of every token: one look-up and one flag, without the lock.
+        kept = self._kept.get(key)
+        if kept is None:
+            self.misses += 1
+            return None
+        kept.used = True
+        return kept.row
 
     def put(self, key: Hashable, row: Row) -> Row:
         """Keep `row`, which must be read-only, and return the row that is kept for `key`."""
         with self._lock:
-            kept = self._rows.setdefault(key, row)
-            if kept is row:
-                self.num_bytes += row.nbytes
-            while self.num_bytes > self.max_bytes and len(self._rows) > 1:
-                _, dropped = self._rows.popitem(last=False)
-                self.num_bytes -= dropped.nbytes
-            return kept
+            known = self._kept.get(key)
+            if known is not None:
+                return known.row
+            self._kept[key] = _Kept(row)
+            self.num_bytes += row.nbytes
+            while self.num_bytes > self.max_bytes and len(self._kept) > 1:
+                self._drop_one()
+            return row
+
+    def _drop_one(self) -> None:
+        """Drop the oldest mask that was not used since it was last spared."""
+        while True:
+            key, kept = self._kept.popitem(last=False)
+            if not kept.used:
+                self.num_bytes -= kept.row.nbytes
+                return
+            kept.used = False
+            self._kept[key] = kept
 
     def clear(self) -> None:
         with self._lock:
-            self._rows.clear()
+            self._kept.clear()
             self.num_bytes = 0
 
 

@@ -17,7 +17,7 @@ from constraints import guidance, regex_syntax
 from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
 from constraints.index import Builder, Index, builder
-from constraints.machine import MAX_STATES, Machine, MachineConstraint, compiled
+from constraints.machine import Machine, MachineConstraint, compiled
 from constraints.regex_automaton import RegexAutomaton
 from constraints.token_set import Row, pack
 from constraints.trie import StepTable, trie_of
@@ -38,12 +38,19 @@ class RegexMachine(Machine[int]):
         tree = regex_syntax.parse(pattern)
         if not regex_syntax.has_match(tree):
             raise ConstraintError(f"regex {regex_syntax.shown(pattern)} matches no text at all")
-        self.automaton = RegexAutomaton(tree)
         self._tree = tree
         self.index: Index | None = indexes.find(vocabulary, pattern)
         self._indexes = indexes
-        self._steps_by_byte = StepTable(self.automaton.row)
         self._seconds = 0.0
+
+    @cached_property
+    def automaton(self) -> RegexAutomaton:
+        """The states. A first mask often does without them."""
+        return RegexAutomaton(self._tree)
+
+    @cached_property
+    def _steps_by_byte(self) -> StepTable:
+        return StepTable(self.automaton.row)
 
     @cached_property
     def fresh(self) -> LLMatcher | None:
@@ -56,20 +63,22 @@ class RegexMachine(Machine[int]):
 
     @property
     def start(self) -> int:
-        return self.automaton.start
+        return RegexAutomaton.start
 
     def step(self, state: int, text: bytes) -> int | None:
         after = self.automaton.step(state, text)
         return None if after == DEAD else after
 
     def accepts(self, state: int) -> bool:
+        if state == self.start:
+            return regex_syntax.is_nullable(self._tree)
         return self.automaton.accepts(state)
 
     def next_bytes(self, state: int) -> bytes:
         return bytes(byte for byte, after in enumerate(self.automaton.row(state)) if after != DEAD)
 
-    def worn(self) -> bool:
-        return len(self.automaton) > MAX_STATES
+    def num_states(self) -> int:
+        return len(self.automaton) if "automaton" in self.__dict__ else 0
 
     def text_row(self, state: int, tokens: list[int]) -> Row:
         row = self.indexed_row(state)
@@ -83,7 +92,9 @@ class RegexMachine(Machine[int]):
     def is_narrow(self, state: int) -> bool:
         """Whether so few tokens can follow that a walk is done before llguidance has read the pattern."""
         trie = trie_of(self.vocabulary)
-        return int(trie.weight[np.frombuffer(self.following(state), np.uint8)].sum()) <= NARROW
+        if state == self.start and trie.weight_of(regex_syntax.first_ascii(self._tree)) > NARROW:
+            return False
+        return trie.weight_of(self.following(state)) <= NARROW
 
     def walked_row(self, state: int) -> Row:
         """The mask from a walk of the token tree."""
@@ -120,13 +131,18 @@ class RegexConstraint(MachineConstraint[int]):
             row = self.machine.walked_row(state) if narrow else self._guided_row()
             self.machine.spent(perf_counter() - start)
         if self.machine.accepts(state):
-            row |= self.vocabulary.eos_row
+            row = row | self.vocabulary.eos_row
         return row
 
     def _guided_row(self) -> Row:
         at = self._caught_up()
         if at is None:
             return self.machine.walked_row(self._state)
+        if not at.is_stopped() and not at.is_accepting():
+            # Only text tokens are in the engine's mask, which is then used as it is, uncopied.
+            bits = at.compute_bitmask()
+            if not at.is_error():
+                return np.frombuffer(bits, np.int32, self.vocabulary.num_words)
         try:
             row = guidance.compute_row(self.vocabulary, at)
         except ConstraintError:

@@ -476,3 +476,34 @@ def has_match(tree: Tree) -> bool:
             return any(map(has_match, options))
         case Repeat(body, low, high):
             return low == 0 or high == 0 or has_match(body)
+
+
+def is_nullable(tree: Tree) -> bool:
+    """Whether the empty text matches."""
+    match tree:
+        case Chars():
+            return False
+        case Cat(parts):
+            return all(map(is_nullable, parts))
+        case Alt(options):
+            return any(map(is_nullable, options))
+        case Repeat(body, low, high):
+            return low == 0 or high == 0 or is_nullable(body)
+
+
+def first_ascii(tree: Tree) -> bytes:
+    """Every ASCII character with which a match may begin, some more than once."""
+    match tree:
+        case Chars(ranges):
+            return bytes(code for low, high in ranges if low < 128 for code in range(low, min(high, 127) + 1))
+        case Cat(parts):
+            found = b""
+            for part in parts:
+                found += first_ascii(part)
+                if not is_nullable(part):
+                    break
+            return found
+        case Alt(options):
+            return b"".join(map(first_ascii, options))
+        case Repeat(body, _, high):
+            return b"" if high == 0 else first_ascii(body)

@@ -45,6 +45,10 @@ class TokenTrie:
             self.root_children = len(self.levels[0].byte)
             self.weight += np.bincount([text[0] for text in spellings], minlength=256)
 
+    def weight_of(self, first: bytes) -> int:
+        """How many tokens begin with one of the bytes `first`."""
+        return int(self.weight[np.frombuffer(first, np.uint8)].sum())
+
     def walk(self, table: Ints, start: int) -> Ints:
         """The state that each token leads to from `start`: int32[size], DEAD where it may not come.
 

@@ -151,6 +151,11 @@ class Vocabulary:
         """The bytes that `token` adds to the text: none for special tokens and for padding."""
         return self._bytes[self._checked(token)]
 
+    @property
+    def texts(self) -> list[bytes]:
+        """`token_bytes` of every id. Not to be changed."""
+        return self._bytes
+
     def token_text(self, token: int) -> bytes:
         """As `token_bytes`, with special tokens spelled out."""
         return self._specials.get(token) or self.token_bytes(token)

@@ -244,6 +244,9 @@ class YaccMachine(Machine[State]):
     def start(self) -> State:
         return (0,), 0
 
+    def num_states(self) -> int:
+        return len(self.lexer) + len(self.lexemes.code) + len(self.tables.shift)
+
     def step(self, state: State, text: bytes) -> State | None:
         stack, at = state
         lexer = self.lexer

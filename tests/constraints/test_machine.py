@@ -17,7 +17,7 @@ def test_a_machine_with_too_many_states_is_replaced(monkeypatch: pytest.MonkeyPa
     assert regex(VOCABULARY, "(a|b)*b{3}").machine is one.machine
     for _ in range(3):
         one.append_token(VOCABULARY.greedy(b"b")[0])
-    monkeypatch.setattr("constraints.regex_constraint.MAX_STATES", 1)
+    monkeypatch.setattr(machine, "MAX_STATES", 1)
     two = regex(VOCABULARY, "(a|b)*b{3}")
     assert two.machine is not one.machine
     # The sequence on the old machine goes on, and nobody confuses the states of the two.
@@ -35,7 +35,7 @@ def test_remembered_steps_and_runs_are_bounded(monkeypatch: pytest.MonkeyPatch):
         after = made.advance(state, token)
         assert after is not None
         state, tokens = after, [*tokens, token]
-    assert max(len(made._steps), len(made._following), len(made._runs)) <= 6
+    assert max(sum(map(len, made.steps.values())), len(made._following), len(made._runs)) <= 6
 
 
 def test_forced_bytes_end_where_there_is_a_choice():
@@ -44,4 +44,29 @@ def test_forced_bytes_end_where_there_is_a_choice():
     state = made.step(made.start, b"abb")
     assert state is not None and made.forced_bytes(state) == (b"a", b"b")
     assert made.forced_run(made.start, []) == []
-    assert not made.worn()
+
+
+class Made:
+    """Something compiled, of a size."""
+
+    def __init__(self, states: int):
+        self.states = states
+
+    def num_states(self) -> int:
+        return self.states
+
+
+def test_what_is_kept_is_bounded_in_number_and_in_states():
+    kept = machine.Compiled()
+    first = kept.get("first", lambda: Made(0))
+    assert kept.get("first", lambda: Made(0)) is first
+    for number in range(machine.MAX_MACHINES):
+        kept.get(number, lambda: Made(0))
+    assert kept.get("first", lambda: Made(0)) is not first
+    large = machine.MAX_STATES
+    for number in range(10 * machine.COUNTED_EVERY):
+        kept.get(("large", number), lambda: Made(large))
+    assert kept.num_states() <= machine.MAX_ALL_STATES + machine.COUNTED_EVERY * large
+    assert kept.get("first", lambda: Made(0)) is not first
+    worn = kept.get("worn", lambda: Made(large + 1))
+    assert kept.get("worn", lambda: Made(1)) is not worn
