@@ -1,253 +1,140 @@
 """Time to first mask and time per mask of this library and of its peers, in one run on one thread.
 
-    python benchmarks/constraints.py [--sequences 1000] [--sizes 32768 49152 131072] [--out FOLDER]
+    python benchmarks/masks.py                 two minutes: 49,152 tokens, 100 sequences a source
+    python benchmarks/masks.py --long          32,768, 49,152 and 131,072 tokens, 1,000 sequences a source
 
-Every engine masks the same token sequences. A step is: take the token, give the mask. The first mask includes
-compiling. The vocabularies are prefixes of Mistral's tekken, which is ordered by rank.
+Every engine masks the same token sequences, some at a time and in turn, so that what else the machine does
+falls on all of them. A step is: take the token, give the mask. The first mask includes compiling. Patterns
+are written so that all engines read them alike. The vocabularies are prefixes of Mistral's tekken, which is
+ordered by rank. Results are printed, and written as a table, as JSON and as a plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import sys
+import os
+import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import mistral_common
 import numpy as np
-import outlines_core
-import xgrammar
-from llguidance import LLMatcher
+from _mask_engines import ENGINES, Engine, Sequences, Source
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-# A script's own folder comes first on the path, and this file is named like the package that it measures.
-sys.path[0] = str(Path(__file__).parents[1])
-
-from constraints import (  # noqa: E402
-    Constraint,
-    ConstraintError,
-    TokenSet,
-    Vocabulary,
-    guidance,
-    json_schema,
-    regex,
-    regex_syntax,
-)
-from constraints.index import builder  # noqa: E402
-from constraints.machine import compiled  # noqa: E402
-from constraints.masks import masks  # noqa: E402
+from constraints import ConstraintError, TokenSet, Vocabulary, guidance, json_schema, regex
+from constraints.index import builder
+from constraints.machine import MAX_ALL_STATES, compiled
+from constraints.masks import masks
+from constraints.trie import trie_of
 
 PATTERNS = {
     "letters": r"[a-z ]+",
-    "date": r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}",
+    "date": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}",
     "choice": r"(yes|no|maybe|certainly not)",
     "string": r'"[^"\n]*"',
-    "email": r"[\w.+-]+@[\w-]+\.[a-z]{2,4}",
-    "line": r".{1,100}",
+    "email": r"[A-Za-z0-9_.+-]+@[A-Za-z0-9_-]+\.[a-z]{2,4}",
+    "line": r"[^\n]{1,100}",
     "names": r"[A-Z][a-z]+( [A-Z][a-z]+){1,5}",
     "ambiguous": r"(a+)+b",
 }
-SCHEMAS = {
-    "person": {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string"},
-            "age": {"type": "integer"},
-            "tags": {"type": "array", "items": {"type": "string"}},
-        },
-        "required": ["name", "age"],
-        "additionalProperties": False,
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"type": "string"}},
     },
-    "choice": {
-        "type": "object",
-        "properties": {"kind": {"enum": ["cat", "dog", "fish"]}, "ok": {"type": "boolean"}},
-        "required": ["kind"],
-    },
-    "tree": {
-        "$defs": {
-            "n": {
-                "type": "object",
-                "properties": {
-                    "v": {"type": "number"},
-                    "c": {"type": "array", "items": {"$ref": "#/$defs/n"}},
-                },
-            }
-        },
-        "$ref": "#/$defs/n",
-    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
 }
+CHOICE = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog", "fish"]}, "ok": {"type": "boolean"}},
+    "required": ["kind"],
+}
+NODE = {
+    "type": "object",
+    "properties": {"v": {"type": "number"}, "c": {"type": "array", "items": {"$ref": "#/$defs/n"}}},
+}
+SCHEMAS = {"person": PERSON, "choice": CHOICE, "tree": {"$defs": {"n": NODE}, "$ref": "#/$defs/n"}}
+
+OURS = "this library"
 LIMIT_SECONDS = 20.0
-"""An engine that takes longer over one sequence set is cut off there; its times so far count."""
+"""An engine that takes longer over the sequences of one source is cut off there; its times so far count."""
+FIRST_TIMES = 9
+"""First masks of one source by one engine, of which the median counts; one only where it takes long."""
+LONG_FIRST = 0.5
+IN_TURN = 20
+"""Sequences that one engine takes before the next one's turn."""
+LONGEST = 24
+"""Tokens of a sequence."""
 
 
 @dataclass
 class Times:
-    """Seconds: one first mask per source, and every step of every sequence."""
+    """Seconds of one engine over one source."""
 
     first: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
+    failure: str = ""
 
 
-Step = Callable[[int | None], bool]
-"""Takes a token, None at the start, and makes the mask; False when the engine refuses the token."""
-Engine = Callable[[str, bool], Callable[[], Step]]
-"""Compiles a source (a pattern, or a schema's JSON when the flag is set) into a maker of sequences."""
+Results = dict[int, dict[Source, dict[str, Times]]]
 
 
-def ours(vocabulary: Vocabulary) -> Engine:
-    def compile_source(source: str, is_schema: bool) -> Callable[[], Step]:
-        make: Callable[[], Constraint] = lambda: (json_schema if is_schema else regex)(vocabulary, source)  # noqa: E731
-        make()
-
-        def sequence() -> Step:
-            constraint = make()
-
-            def step(token: int | None) -> bool:
-                if token is not None:
-                    constraint.append_token(token)
-                constraint.mask_row()
-                return True
-
-            return step
-
-        return sequence
-
-    return compile_source
-
-
-def with_llguidance(vocabulary: Vocabulary) -> Engine:
-    def compile_source(source: str, is_schema: bool) -> Callable[[], Step]:
-        body = f"%json {source}" if is_schema else f"/{regex_syntax.render(regex_syntax.parse(source))}/"
-        fresh = guidance.matcher(vocabulary, f"start: {body}{guidance.NO_FORCING}")
-
-        def sequence() -> Step:
-            at: LLMatcher = fresh.deep_copy()
-
-            def step(token: int | None) -> bool:
-                if token is not None and not at.consume_token(token):
-                    return False
-                np.frombuffer(at.compute_bitmask(), np.int32)
-                return True
-
-            return step
-
-        return sequence
-
-    return compile_source
-
-
-def with_xgrammar(vocabulary: Vocabulary) -> Engine:
-    spelled = [vocabulary.token_bytes(i) for i in range(vocabulary.size)]
-    info = xgrammar.TokenizerInfo(
-        spelled, xgrammar.VocabType.RAW, vocab_size=vocabulary.size, stop_token_ids=[2]
-    )
-    bits = xgrammar.allocate_token_bitmask(1, vocabulary.size)
-
-    def compile_source(source: str, is_schema: bool) -> Callable[[], Step]:
-        # A compiler of its own, because it caches what it compiled.
-        compiler = xgrammar.GrammarCompiler(info, max_threads=1)
-        if is_schema:
-            grammar = compiler.compile_json_schema(source, any_whitespace=True)
-        else:
-            grammar = compiler.compile_regex(
-                source.replace(".", "[^\\n]") if source.startswith(".") else source
-            )
-
-        def sequence() -> Step:
-            at = xgrammar.GrammarMatcher(grammar)
-
-            def step(token: int | None) -> bool:
-                if token is not None and not at.accept_token(token):
-                    return False
-                at.fill_next_token_bitmask(bits)
-                return True
-
-            return step
-
-        return sequence
-
-    return compile_source
-
-
-def with_outlines(vocabulary: Vocabulary) -> Engine:
-    by_bytes = {text: list(ids) for text, ids in vocabulary.ids_by_bytes.items()}
-    words = outlines_core.Vocabulary(2, by_bytes)
-    row = np.zeros(vocabulary.num_words, np.int32)
-
-    def compile_source(source: str, is_schema: bool) -> Callable[[], Step]:
-        if is_schema:
-            pattern = outlines_core.json_schema.build_regex_from_schema(source)
-        else:
-            pattern = regex_syntax.render(regex_syntax.parse(source))
-        index = outlines_core.Index(pattern, words)
-
-        def sequence() -> Step:
-            guide = outlines_core.Guide(index)
-
-            def step(token: int | None) -> bool:
-                if token is not None:
-                    if not guide.accepts_tokens([token]):
-                        return False
-                    guide.advance(token, return_tokens=False)
-                guide.write_mask_into(row.ctypes.data, row.size, row.itemsize)
-                return True
-
-            return step
-
-        return sequence
-
-    return compile_source
-
-
-ENGINES = {
-    "this library": ours,
-    "llguidance": with_llguidance,
-    "xgrammar": with_xgrammar,
-    "outlines-core": with_outlines,
-}
-
-
-def sequences_of(
-    vocabulary: Vocabulary, source: str, is_schema: bool, count: int, seed: int = 0
-) -> list[list[int]]:
-    """Random walks of at most 24 tokens, which now and then close a string or an object."""
-    random, found = Random(seed), []
-    closers = [
-        i for text in (b'"', b"}", b"]", b"@", b".", b"b") for i in vocabulary.ids_by_bytes.get(text, ())
-    ]
+def sequences_of(vocabulary: Vocabulary, source: Source, count: int) -> list[list[int]]:
+    """Random walks, which now and then close a string or an object."""
+    random, found = Random(0), []
+    texts = (b'"', b"}", b"]", b"@", b".", b"b")
+    closers = [i for text in texts for i in vocabulary.ids_by_bytes.get(text, ())]
     for _ in range(count):
-        constraint = (json_schema if is_schema else regex)(vocabulary, source)
+        constraint = (json_schema if source.is_schema else regex)(vocabulary, source.text)
         tokens: list[int] = []
-        while len(tokens) < 24 and not constraint.eos_forced():
+        while len(tokens) < LONGEST and not constraint.eos_forced():
             allowed = TokenSet(vocabulary.size, row=constraint.mask_row() & ~vocabulary.eos_row)
             ready = [token for token in closers if allowed[token]]
             ids = allowed.ids()
             if not len(ids):
                 break
-            token = (
-                random.choice(ready)
-                if ready and random.random() < 0.3
-                else int(ids[random.randrange(len(ids))])
-            )
-            constraint.append_token(token)
-            tokens.append(token)
+            close = ready and random.random() < 0.3
+            tokens.append(random.choice(ready) if close else int(ids[random.randrange(len(ids))]))
+            constraint.append_token(tokens[-1])
         found.append(tokens)
     return found
 
 
-def measure(engine: Engine, source: str, is_schema: bool, sequences: list[list[int]], times: Times) -> None:
+def forget() -> None:
+    """What this library remembers of other runs would make its first masks too good."""
+    masks.clear()
+    compiled.clear()
+
+
+def measure_first(engine: Engine, source: Source, times: Times) -> Sequences | None:
+    """Compile and mask once. None when the engine refuses the source."""
+    forget()
+    gc.collect()
     start = time.perf_counter()
-    sequence = engine(source, is_schema)
-    sequence()(None)
+    try:
+        sequences = engine(source)
+        sequences()(None)
+    except (ConstraintError, ValueError, RuntimeError, TypeError) as error:
+        times.failure = str(error).splitlines()[0][:100]
+        return None
     times.first.append(time.perf_counter() - start)
-    begin = time.perf_counter()
-    for tokens in sequences:
-        step = sequence()
+    return sequences
+
+
+def measure_steps(sequences: Sequences, chosen: list[list[int]], times: Times) -> None:
+    for tokens in chosen:
+        step = sequences()
         for token in (None, *tokens):
             before = time.perf_counter()
             taken = step(token)
@@ -255,70 +142,159 @@ def measure(engine: Engine, source: str, is_schema: bool, sequences: list[list[i
             if not taken:
                 break
             times.steps.append(after - before)
-        if after - begin > LIMIT_SECONDS:
-            break
 
 
-def run(vocabulary: Vocabulary, count: int, used: list[int]) -> dict[str, dict[str, Times]]:
-    """Times by kind of source and engine. `used` takes the bytes in the mask cache after each."""
-    sources = [(p, False) for p in PATTERNS.values()] + [(json.dumps(s), True) for s in SCHEMAS.values()]
-    found: dict[str, dict[str, Times]] = {
-        kind: {name: Times() for name in ENGINES} for kind in ("regex", "JSON")
-    }
-    engines = {name: make(vocabulary) for name, make in ENGINES.items()}
-    guidance.tokenizer_of(vocabulary)
-    for source, is_schema in sources:
-        sequences = sequences_of(vocabulary, source, is_schema, count)
+def measure(engines: dict[str, Engine], source: Source, tokens: list[list[int]]) -> dict[str, Times]:
+    """Every engine over one source."""
+    found = {name: Times() for name in engines}
+    ready: dict[str, Sequences] = {}
+    for turn in range(FIRST_TIMES):
         for name, engine in engines.items():
-            used.append(masks.num_bytes)
-            masks.clear()
-            compiled.clear()
-            try:
-                measure(engine, source, is_schema, sequences, found["JSON" if is_schema else "regex"][name])
-            except (ConstraintError, ValueError, RuntimeError, TypeError) as error:
-                print(f"  {name} cannot run {source[:50]}: {str(error).splitlines()[0][:80]}")
+            times = found[name]
+            if turn and (times.failure or times.first[0] > LONG_FIRST):
+                continue
+            sequences = measure_first(engine, source, times)
+            if sequences:
+                ready[name] = sequences
+    forget()
+    for begin in range(0, len(tokens), IN_TURN):
+        for name, sequences in ready.items():
+            if sum(found[name].steps) < LIMIT_SECONDS:
+                measure_steps(sequences, tokens[begin : begin + IN_TURN], found[name])
     return found
 
 
-def cell(values: list[float]) -> str:
-    """p50 / p99 / max in microseconds."""
-    if not values:
-        return "-"
-    return " / ".join(f"{q * 1e6:,.1f}" for q in np.quantile(values, [0.5, 0.99, 1.0]))
+def run(vocabulary: Vocabulary, count: int, memory: list[dict[str, int]]) -> dict[Source, dict[str, Times]]:
+    """Times by source and engine. `memory` takes what this library holds after each source."""
+    sources = [Source(name, text, False) for name, text in PATTERNS.items()]
+    sources += [Source(name, json.dumps(schema), True) for name, schema in SCHEMAS.items()]
+    engines = {name: make(vocabulary) for name, make in ENGINES.items()}
+    # What belongs to the vocabulary alone is made when a server starts.
+    guidance.tokenizer_of(vocabulary)
+    trie_of(vocabulary)
+    found: dict[Source, dict[str, Times]] = {}
+    for source in sources:
+        tokens = sequences_of(vocabulary, source, count)
+        found[source] = measure(engines, source, tokens)
+        memory.append({"masks": masks.num_bytes, "states": compiled.num_states()})
+        builder.wait()
+        for name, times in found[source].items():
+            if times.failure:
+                print(f"  {name} cannot run {source.name}: {times.failure}")
+    return found
 
 
-def table(results: dict[int, dict[str, dict[str, Times]]]) -> str:
+# Reports --------------------------------------------------------------------------------------------------
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """p50, p99 and max in microseconds."""
+    return [round(float(q) * 1e6, 2) for q in np.quantile(values, [0.5, 0.99, 1.0])] if values else []
+
+
+def shown(values: list[float]) -> str:
+    return " / ".join(f"{value:,.1f}" for value in values) or "-"
+
+
+def firsts(by_source: dict[Source, dict[str, Times]], name: str, kind: str | None = None) -> list[float]:
+    """The median time to first mask of each source."""
+    chosen = [t[name].first for s, t in by_source.items() if t[name].first and kind in (None, s.kind)]
+    return [float(np.median(times)) for times in chosen]
+
+
+def pooled(by_source: dict[Source, dict[str, Times]], name: str, kind: str) -> list[float]:
+    return [second for s, t in by_source.items() if s.kind == kind for second in t[name].steps]
+
+
+def table(results: Results) -> str:
     lines = [
-        "| tokens | source | engine | first mask µs, p50 / p99 / max | step, p50 / p99 / max | mean | n |",
+        "| tokens | source | engine | first mask µs: p50 / p99 / max | step: p50 / p99 / max | mean | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for size, kinds in results.items():
-        for kind, by_engine in kinds.items():
-            for name, times in by_engine.items():
-                mean = f"{np.mean(times.steps) * 1e6:,.1f}" if times.steps else "-"
-                row = [
+    for size, by_source in results.items():
+        for kind in ("regex", "JSON"):
+            for name in ENGINES:
+                steps = pooled(by_source, name, kind)
+                cells = [
                     f"{size:,}",
                     kind,
                     name,
-                    cell(times.first),
-                    cell(times.steps),
-                    mean,
-                    f"{len(times.steps):,}",
+                    shown(quantiles(firsts(by_source, name, kind))),
+                    shown(quantiles(steps)),
+                    f"{np.mean(steps) * 1e6:,.1f}" if steps else "-",
+                    f"{len(steps):,}",
                 ]
-                lines.append(f"| {' | '.join(row)} |")
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(results: dict[int, dict[str, dict[str, Times]]]) -> str:
+def goals(results: Results) -> str:
+    """By source: this library's time as a share of the best peer's at that quantile."""
+    lines = [
+        "| tokens | source | first mask | step p50 | step p99 |",
+        "|---|---|---|---|---|",
+    ]
+    for size, by_source in results.items():
+        for source, engines in by_source.items():
+            peers = [t for name, t in engines.items() if name != OURS and t.steps]
+            mine = engines[OURS]
+            shares = [float(np.median(mine.first)) / min(float(np.median(t.first)) for t in peers)]
+            for q in (0.5, 0.99):
+                best = min(float(np.quantile(t.steps, q)) for t in peers)
+                shares.append(float(np.quantile(mine.steps, q)) / best)
+            lines.append(f"| {size:,} | {source.name} | " + " | ".join(f"{s:.2f}" for s in shares) + " |")
+        mine_first = float(np.quantile(firsts(by_source, OURS), 0.99))
+        best_first = min(float(np.quantile(firsts(by_source, n), 0.99)) for n in ENGINES if n != OURS)
+        lines.append(f"| {size:,} | first masks of all sources, p99 | {mine_first / best_first:.2f} | | |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What this ran on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
+    names = ("llguidance", "xgrammar", "outlines_core", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    load = os.getloadavg()[0]
+    return (
+        f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()},"
+        f" {versions}; load {load:.1f} at the end."
+    )
+
+
+def caches(memory: list[dict[str, int]], folder: Path) -> str:
+    """The memory of this library's caches, and its files."""
+    held = max(entry["masks"] for entry in memory)
+    states = max(entry["states"] for entry in memory)
+    files = [path.stat().st_size for path in folder.glob("index-*")]
+    return (
+        f"Caches: masks {held / 2**20:.1f} MiB at most, of {masks.max_bytes / 2**20:.0f} MiB allowed;"
+        f" {states:,} states of machines at most, of {MAX_ALL_STATES:,};"
+        f" {len(files) // 2} indexes on disk, {sum(files) / 2**20:.1f} MiB."
+    )
+
+
+def plot(results: Results) -> str:
     """An SVG of the p99 of a step, one bar for each engine, on a logarithmic scale from 0.1 µs to 1 s."""
-    colors = dict(zip(ENGINES, ("#2563eb", "#9ca3af", "#d97706", "#059669"), strict=True))
+    colors = dict(
+        zip(
+            ENGINES,
+            ("#2563eb", "#9ca3af", "#d97706", "#059669", "#d1d5db", "#fbbf24", "#6ee7b7"),
+            strict=True,
+        )
+    )
     bars, y = [], 40
-    for size, kinds in results.items():
-        for kind, by_engine in kinds.items():
+    for size, by_source in results.items():
+        for kind in ("regex", "JSON"):
             bars.append(f'<text x="10" y="{y}" font-weight="bold">{size:,} tokens, {kind}</text>')
-            for name, times in by_engine.items():
+            for name in ENGINES:
+                steps = pooled(by_source, name, kind)
                 y += 18
-                value = float(np.quantile(times.steps, 0.99)) * 1e6 if times.steps else 0.1
+                value = float(np.quantile(steps, 0.99)) * 1e6 if steps else 0.1
                 width = max(1.0, (np.log10(max(value, 0.1)) + 1) * 75)
                 bars.append(f'<text x="10" y="{y}">{name}</text>')
                 bars.append(
@@ -326,40 +302,69 @@ def plot(results: dict[int, dict[str, dict[str, Times]]]) -> str:
                 )
                 bars.append(f'<text x="{135 + width:.0f}" y="{y}">{value:,.1f} µs</text>')
             y += 30
-    size = f'width="760" height="{y}" font-family="sans-serif" font-size="12"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
+    size_of_all = f'width="760" height="{y}" font-family="sans-serif" font-size="12"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size_of_all}>'
     title = '<text x="10" y="18" font-size="14">Take a token and make the mask: p99, logarithmic</text>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', title, *bars, "</svg>\n"])
 
 
-def main() -> None:
+def as_json(results: Results, about: str, memory: list[dict[str, int]]) -> str:
+    found: dict[str, Any] = {"machine": about, "memory": memory, "unit": "µs: p50, p99, max", "sizes": {}}
+    for size, by_source in results.items():
+        found["sizes"][size] = {
+            source.name: {
+                name: {
+                    "first": quantiles(times.first),
+                    "step": quantiles(times.steps),
+                    "steps": len(times.steps),
+                    **({"failure": times.failure} if times.failure else {}),
+                }
+                for name, times in engines.items()
+            }
+            for source, engines in by_source.items()
+        }
+    return json.dumps(found, indent=1)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sequences", type=int, default=1000)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32_768, 49_152, 131_072])
+    parser.add_argument("--long", action="store_true", help="all sizes, 1,000 sequences a source")
+    parser.add_argument("--sequences", type=int, help="sequences a source")
+    parser.add_argument("--sizes", type=int, nargs="+", help="tokens of the vocabularies")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
+    chosen.sequences = chosen.sequences or (1000 if chosen.long else 100)
+    chosen.sizes = chosen.sizes or ([32_768, 49_152, 131_072] if chosen.long else [49_152])
+    return chosen
+
+
+def main() -> None:
+    chosen = arguments()
     data = Path(mistral_common.__file__).parent / "data"
     tekken = Vocabulary.from_tokenizer(Tekkenizer.from_file(data / "tekken_240911.json"))
-    results, used = {}, [0]
+    results: Results = {}
+    memory: list[dict[str, int]] = []
     with TemporaryDirectory() as folder:
         # Indexes of an earlier run would make the first masks of this one too good.
         builder.folder = Path(folder)
+        os.environ["OUTLINES_CACHE_DIR"] = folder
         for size in chosen.sizes:
-            print(f"{size:,} tokens")
+            print(f"{size:,} tokens", flush=True)
             specials = {i: tekken.token_text(i) for i in range(1000)}
             tokens = [tekken.token_bytes(i) for i in range(size)]
             vocabulary = Vocabulary(tokens, specials=specials, eos_token_ids=[2], bos_token_id=1)
-            results[size] = run(vocabulary, chosen.sequences, used)
+            results[size] = run(vocabulary, chosen.sequences, memory)
         builder.wait()
-    text = table(results)
-    most = max(used)
-    memory = f"Mask cache: {most / 2**20:.1f} MiB at most, of {masks.max_bytes / 2**20:.0f} MiB allowed."
-    print(text, memory, sep="\n\n")
+        used = caches(memory, Path(folder))
+    about = machine()
+    text = "\n\n".join([table(results), goals(results), used, about])
+    print(text)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "constraints.md").write_text(f"{text}\n\n{memory}\n")
-    (chosen.out / "constraints.svg").write_text(plot(results))
+    (chosen.out / "masks.md").write_text(text + "\n")
+    (chosen.out / "masks.json").write_text(as_json(results, about, memory) + "\n")
+    (chosen.out / "masks.svg").write_text(plot(results))
 
 
 if __name__ == "__main__":
