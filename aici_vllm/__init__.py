@@ -6,13 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aici_vllm.client import AsyncClient, Client
     from aici_vllm.engine.scheduler import Scheduler
     from aici_vllm.engine.worker import Worker
     from aici_vllm.model import embedded_model
     from aici_vllm.offline import BranchResult, ControllerResult, Usage, engine_args, request_params, run
 
 __all__ = [
+    "AsyncClient",
     "BranchResult",
+    "Client",
     "ControllerResult",
     "Scheduler",
     "Usage",
@@ -24,7 +27,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncClient": "aici_vllm.client",
     "BranchResult": "aici_vllm.offline",
+    "Client": "aici_vllm.client",
     "ControllerResult": "aici_vllm.offline",
     "Scheduler": "aici_vllm.engine.scheduler",
     "Usage": "aici_vllm.offline",

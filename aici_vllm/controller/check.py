@@ -72,17 +72,32 @@ def check_source(source: str, limits: Limits) -> ScriptFacts:
     Raises:
         ScriptError: what the sandbox would not take, where, and what to write instead.
     """
+    for error in _errors(source, limits):
+        raise error
+    return ScriptFacts(takes_back=takes_back(source))
+
+
+def all_errors(source: str, limits: Limits) -> list[ScriptError]:
+    """Everything that `check_source` could raise for a script, by line; a script that is no Python has one."""
+    try:
+        found = list(_errors(source, limits))
+    except ScriptError as error:
+        found = [error]
+    return sorted(found, key=lambda error: error.line or 0)
+
+
+def _errors(source: str, limits: Limits) -> Iterator[ScriptError]:
+    """What the sandbox would not take. Raises what makes it pointless to look any further."""
     _check_size(source, limits)
     _check_cost(source)
     tree = _parse(source)
     for node in ast.walk(tree):
         if isinstance(node, _SUSPECTS):
             for message in _refusals(node):
-                raise ScriptError(
+                yield ScriptError(
                     message, node.target.lineno if isinstance(node, ast.comprehension) else node.lineno
                 )
-    _check_start(tree)
-    return ScriptFacts(takes_back=takes_back(source))
+    yield from _start_errors(tree)
 
 
 # Size and syntax.
@@ -235,7 +250,7 @@ def _import_from_refusals(node: ast.ImportFrom) -> Iterator[str]:
         yield from _import_refusals(node.module or "")
 
 
-def _check_start(tree: ast.Module) -> None:
+def _start_errors(tree: ast.Module) -> Iterator[ScriptError]:
     imports, starts = False, False
     for node in ast.walk(tree):
         match node:
@@ -249,9 +264,9 @@ def _check_start(tree: ast.Module) -> None:
             ):
                 starts = True
     if not imports:
-        raise ScriptError("the script never imports aici: begin it with `import aici`")
+        yield ScriptError("the script never imports aici: begin it with `import aici`")
     if not starts:
-        raise ScriptError("the script never calls aici.start(...): end it with `aici.start(main())`")
+        yield ScriptError("the script never calls aici.start(...): end it with `aici.start(main())`")
 
 
 # What a script can do.

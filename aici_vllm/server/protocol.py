@@ -136,6 +136,10 @@ class Part(BaseModel):
     text: str
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 FinishReason = Literal["aici-stop", "length", "fail", "abort", "eos", "deadlock"]
 
 
@@ -143,7 +147,7 @@ class Fork(BaseModel):
     """What happened in one branch since its last event."""
 
     index: int
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | None = Field(default=None, exclude_if=_is_none)
     text: str = Field(description="new text after the prompt; ` ↩ ` stands where text was taken back")
     parts: list[Part] = Field(description="the same, with where it came from and what was taken back")
     error: str = ""
@@ -179,5 +183,6 @@ class Run(BaseModel):
     usage: Usage
     results: dict[str, Any] | None = Field(
         default=None,
+        exclude_if=_is_none,
         description="branches, variables and usage, as under `controller` in OpenAI responses",
     )

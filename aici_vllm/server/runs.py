@@ -191,7 +191,7 @@ async def _plain_events(outputs: AsyncIterator[RequestOutput], run: PreparedRun)
 
 
 def _line(event: InitialRun | Run) -> str:
-    return f"data: {event.model_dump_json(exclude_none=True)}\n\n"
+    return f"data: {event.model_dump_json()}\n\n"
 
 
 def _failure(error: Exception) -> ErrorAnswer:

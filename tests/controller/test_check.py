@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aici_vllm.controller.check import MODULES, ScriptFacts, check_source, takes_back
+from aici_vllm.controller.check import MODULES, ScriptFacts, all_errors, check_source, takes_back
 from aici_vllm.controller.errors import ScriptError
 from aici_vllm.controller.limits import Limits
 from tests.controller.scripts import script
@@ -228,3 +228,12 @@ def test_hostile_scripts_are_looked_at_safely() -> None:
             check_source(path.read_text(), LIMITS)
         except ScriptError as error:
             assert str(error)
+
+
+def test_all_errors_are_found_by_line() -> None:
+    source = "import socket\nasync def main():\n    del x\n    yield 1\n\nclass A(int):\n    pass\n"
+    found = all_errors(source, LIMITS)
+    assert [error.line for error in found] == [None, None, 1, 3, 4, 6]
+    assert all_errors(GOOD, LIMITS) == []
+    (only,) = all_errors("def f(:\n", LIMITS)
+    assert only.line == 1
