@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -329,13 +329,32 @@ def forced_row(vocabulary: Vocabulary, at: LLMatcher, forced: bytes) -> Row:
     """The mask where the bytes `forced` must follow: the tokens that begin them, and those that go beyond."""
     v = vocabulary
     ids = [i for end in range(1, len(forced) + 1) for i in v.ids_by_bytes.get(forced[:end], ())]
-    place = bisect_right(v.spellings, forced)
-    while place < len(v.spellings) and v.spellings[place].startswith(forced):
-        same = v.ids_by_bytes[v.spellings[place]]
-        if at.validate_tokens([same[0]]):
-            ids.extend(same)
-        place += 1
+    spellings = v.spellings
+    place = bisect_right(spellings, forced)
+    beyond: Row | None = None
+    while place < len(spellings) and spellings[place].startswith(forced):
+        if beyond is None:
+            beyond = _row_after(v, at, forced)
+        byte = spellings[place][len(forced)]
+        end = bisect_left(spellings, forced + bytes((byte + 1,))) if byte < 0xFF else len(spellings)
+        alone = v.ids_by_bytes.get(bytes((byte,)))
+        if alone is None or _has(beyond, alone[0]):
+            for text in spellings[place:end]:
+                same = v.ids_by_bytes[text]
+                if text.startswith(forced) and at.validate_tokens([same[0]]):
+                    ids.extend(same)
+        place = end
     return pack(np.array(ids, np.int64), v.size)
+
+
+def _row_after(vocabulary: Vocabulary, at: LLMatcher, forced: bytes) -> Row:
+    """A mask without the tokens that surely cannot stand after `forced`."""
+    whole = vocabulary.ids_by_bytes.get(forced)
+    if whole is None:
+        return vocabulary.text_tokens.row
+    beyond = at.deep_copy()
+    beyond.consume_token(whole[0])
+    return vocabulary.text_tokens.row if beyond.is_stopped() else compute_row(vocabulary, beyond)
 
 
 def _has(row: Row, token: int) -> bool:
