@@ -48,7 +48,8 @@ def run_in_process(
     """Run prefix, code and suffix in a fresh interpreter and wait for at most `timeout` seconds.
 
     The process starts in an empty temporary folder, without this process's environment variables, in a
-    process group of its own that is killed at the end, whatever it started. `memory_limit` is in bytes of
+    process group of its own that is killed at the end. So is, on Linux, what left the group, as long as it
+    still has the environment it was given. `memory_limit` is in bytes of
     address space. Output beyond 1 MiB is dropped. With `last_value` the report holds the last expression's
     value instead of the names the code defined.
     """
@@ -66,6 +67,7 @@ def run_in_process(
             exit_code = _exit_code(process) if finished and exchange.report is None else None
         finally:
             _kill_group(process)
+            _kill_strays(folder)
             exchange.close()
     return ProcessResult(exchange.text(), exchange.report, not finished, exit_code)
 
@@ -103,6 +105,26 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _kill_strays(folder: str) -> None:
+    """Kill processes of the run that left its group; their environment names the run's folder."""
+    mark = f"HOME={folder}".encode()
+    killed: set[Path] = set()
+    while strays := {entry for entry in Path("/proc").glob("[0-9]*") if _has(entry, mark)} - killed:
+        for entry in strays:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(entry.name), signal.SIGKILL)
+        # Once more, for those that they started meanwhile.
+        killed |= strays
+
+
+def _has(process: Path, variable: bytes) -> bool:
+    """Whether this process was started with the variable; not for one that is over, or is another user's."""
+    try:
+        return variable in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:

@@ -42,9 +42,13 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.parametrize("leaves_group", [False, True])
 @pytest.mark.parametrize("ending", ["", "\nwhile True: pass", "\nos._exit(3)"])
-def test_children_are_killed_too(ending: str) -> None:
-    code = "import os, subprocess\np = subprocess.Popen(['sleep', '600'])\nprint(p.pid, flush=True)" + ending
+def test_children_are_killed_too(ending: str, leaves_group: bool) -> None:
+    code = (
+        f"import os, subprocess\np = subprocess.Popen(['sleep', '600'], start_new_session={leaves_group})\n"
+        f"print(p.pid, flush=True){ending}"
+    )
     result = run_in_process(code, timeout=2)
     pid = int(result.stdout.split()[0])
     deadline = time.monotonic() + 10
