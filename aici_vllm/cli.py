@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aici_vllm.commands import run, serve
+from aici_vllm.commands import check, run, serve, store
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ def _model(arguments: argparse.Namespace) -> int:
 SUBCOMMANDS = (
     Subcommand(
         "serve",
-        "Serve a model with controllers: `vllm serve` plus two flags.",
+        "Serve a model with controllers: `vllm serve` with its flags and routes.",
         serve.add_arguments,
         serve.run,
     ),
-    Subcommand("run", "Run a script on a server, showing its text as it comes.", run.add_arguments, run.run),
+    Subcommand("run", "Run a script on a server, showing every branch.", run.add_arguments, run.run),
+    Subcommand("upload", "Store a script on a server.", store.add_upload_arguments, store.upload),
+    Subcommand("tags", "List the names of stored scripts.", store.add_tags_arguments, store.tags),
+    Subcommand("check", "Tell what the sandbox would refuse.", check.add_arguments, check.run),
     Subcommand("model", "Put the embedded model in place and print its folder.", _model_arguments, _model),
 )
 

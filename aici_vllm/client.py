@@ -255,6 +255,18 @@ class Client:
                     on_event(event)
         return record.finish()
 
+    def completion(self, body: dict[str, Any]) -> Iterator[Event]:
+        """The chunks of `POST /v1/completions`, for servers without the routes of controllers.
+
+        Raises:
+            ServerError: the server refused the request.
+        """
+        with self.http.stream("POST", "completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _refusal("completions", response)
+            yield from (event for line in response.iter_lines() if (event := _event(line)) is not None)
+
     def upload_module(self, script: str | bytes | Path) -> dict[str, Any]:
         """Store a script; its `module_id` names it from now on.
 

@@ -78,7 +78,7 @@ def check_source(source: str, limits: Limits) -> ScriptFacts:
 
 
 def all_errors(source: str, limits: Limits) -> list[ScriptError]:
-    """Everything that `check_source` could raise for a script, by line; a script that is no Python has one."""
+    """Everything that `check_source` could raise for a script, by line; what is no Python has one."""
     try:
         found = list(_errors(source, limits))
     except ScriptError as error:
