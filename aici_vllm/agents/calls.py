@@ -128,7 +128,8 @@ class AICall:
         active = find_node(self.samples, self.active_sample_id)
         twin_active = find_node(twin.samples, self.active_sample_id)
         if active is not None and twin_active is not None and active.data is self.conversation:
-            twin_active.data = twin.conversation
+            # The messages are the same, so the one with feedback is too.
+            twin_active.data, twin_active.feedback_message = twin.conversation, active.feedback_message
         return twin
 
     def __copy__(self) -> Self:

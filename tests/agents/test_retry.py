@@ -426,6 +426,21 @@ def test_a_sample_chosen_twice_carries_one_feedback_message() -> None:
         assert (UserMessage, UserMessage) not in list(itertools.pairwise(roles))
 
 
+@pytest.mark.parametrize(
+    "copied", [AICall.copy, copy.deepcopy, lambda call: pickle.loads(pickle.dumps(call))]
+)
+def test_a_copy_knows_whose_feedback_ends_its_conversation(copied: Callable[[AICall], AICall]) -> None:
+    call, _ = scripted("x", ConnectionError("down"), config=RetryConfig(catch_errors=True))
+    airetry(starts("a"), run(call), "F", max_retries=1)
+    twin = copied(call)
+    twin.kwargs["model"] = ScriptedModel(["a"])
+    airetry(starts("a"), twin, "F", max_retries=2)
+    assert [message.content for message in twin.samples.children[0].data[2:]] == [
+        "x",
+        "### Feedback from Evaluator\n\nF\nF\nF\n",
+    ]
+
+
 def test_feedback_in_place() -> None:
     call, model = scripted("x", "y", "a", config=RetryConfig(feedback_inplace=True))
     airetry(starts("a"), run(call), lambda c: f"not {last_output(c)}")
