@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import inspect
 import io
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass
@@ -43,7 +44,13 @@ Turn = Awaitable | Returned | Raised
 
 
 class Program(Protocol):
-    """One branch's script."""
+    """One branch's script.
+
+    Attributes:
+        seconds: how long it computed, in all its turns; a fork begins at 0.
+    """
+
+    seconds: float
 
     def resume(self, value: Any = None, error: Exception | None = None) -> None:
         """Start a turn: the first one, or the one that the current await's result begins.
@@ -118,6 +125,7 @@ class NativeProgram:
         self._controller = controller
         self._arg = arg
         self.branch = branch
+        self.seconds = 0.0
         self._coroutine: Generator[Any, Any, Any] | Coroutine[Any, Any, Any] | None = None
         self._turn: Turn | None = None
         self._shape: Any = None
@@ -168,6 +176,7 @@ class NativeProgram:
         return answer
 
     def _run(self, value: Any, error: Exception | None) -> None:
+        started = time.perf_counter()
         with self._running():
             try:
                 if self._coroutine is None:
@@ -184,6 +193,7 @@ class NativeProgram:
             else:
                 self._turn = self._check(awaited)
         self._shape = _shape(self._turn)
+        self.seconds += time.perf_counter() - started
 
     def _check(self, awaited: object) -> Turn:
         if isinstance(awaited, Awaitable):

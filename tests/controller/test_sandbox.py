@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -460,7 +461,8 @@ def test_late_turn_makes_room(patient_pool: SandboxPool) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_process_lost_between_turns_costs_nothing(sent: signal.Signals) -> None:
     known = set(processes())
-    pool = SandboxPool(Limits(init_seconds=0.3), workers=1)
+    # Without late turns no process is replaced but the lost one.
+    pool = SandboxPool(Limits(init_seconds=0.3), workers=1, late_workers=0)
     assert texts(run_script(pool, script("await aici.FixedTokens('a')"))) == ["a"]
     (pid,) = set(processes()) - known
     os.kill(pid, sent)
@@ -503,3 +505,99 @@ def test_counters(patient_pool: SandboxPool) -> None:
     until(lambda: patient_pool.turns == 3, patient_pool)
     assert patient_pool.restarts == 0
     assert 0 < patient_pool.script_seconds < 5
+
+
+def test_hung_process_costs_one_branch() -> None:
+    known = set(processes())
+    pool = SandboxPool(Limits(init_seconds=0.3), workers=1, late_workers=0)
+    group = new_group()
+    group.start(lambda branch: pool.program(SPINS, branch))
+    until(lambda: "spinning" in str(group.root.log), pool)
+    (pid,) = set(processes()) - known
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: bool(group.poll()), pool)
+    assert group.root.error is not None and group.root.error.startswith("the sandbox process hung")
+    assert texts(run_script(pool, script("await aici.FixedTokens('fine')"))) == ["fine"]
+    pool.close()
+
+
+def test_a_late_step_is_said_in_the_log_and_ends_well() -> None:
+    limits = Limits(step_seconds=0.02, late_steps=1000)
+    pool = SandboxPool(limits)
+    body = """
+    await aici.FixedTokens("a")
+    for _ in range(3000000): pass
+    await aici.FixedTokens("b")
+    """
+    engine = run_script(pool, script(body), new_group(limits))
+    assert texts(engine) == ["ab"]
+    assert "late: a step may take 20 ms of script time (1 of 1000)\n" in log(engine)
+    assert pool.late_turns == 1
+    pool.close()
+
+
+def test_scripts_that_begin_never_take_all_processes() -> None:
+    """Far more scripts that compute for ever before their first await than there are processes."""
+    limits = Limits(init_seconds=100)
+    pool = SandboxPool(limits, workers=1, late_workers=4)
+    body = """
+    await aici.FixedTokens("f")
+    await aici.wait_vars("go")
+    await aici.FixedTokens("ine")
+    """
+    begun = new_group(limits)
+    begun.start(lambda branch: pool.program(script(body), branch))
+    until(lambda: bool(begun.poll()) and begun.root.next is Next.WAIT, pool)
+    groups = [new_group(limits) for _ in range(20)]
+    for group in groups:
+        group.start(lambda branch: pool.program(SPINS, branch))
+    until(lambda: sum("spinning" in str(group.root.log) for group in groups) == 2, pool)
+    begun.variables.set("go", b"")
+    begun.wake()
+    until(lambda: bool(begun.poll()) and begun.finished, pool)
+    assert VOCABULARY.detokenize(begun.root.sequence.tokens) == b"pfine"
+    assert sum("spinning" in str(group.root.log) for group in groups) == 2
+    for group in groups:
+        group.abort()
+    pool.close()
+
+
+def test_the_next_turn_of_a_late_script_comes_after_the_others() -> None:
+    limits = Limits(init_seconds=100, step_seconds=0.02, late_steps=5000)
+    pool = SandboxPool(limits, workers=1, late_workers=0)
+    groups = {"late": new_group(limits), "prompt": new_group(limits)}
+    for name, group in groups.items():
+        body = f"""
+        await aici.wait_vars("compute")
+        for _ in range({3_000_000 if name == "late" else 1}): pass
+        await aici.wait_vars("go")
+        """
+        group.start(partial(pool.program, script(body)))
+
+    def all_wait() -> bool:
+        return all(group.poll() or group.root.next is Next.WAIT for group in groups.values())
+
+    def wake(variable: str) -> None:
+        for group in groups.values():
+            group.variables.set(variable, b"")
+            group.wake()
+
+    until(all_wait, pool)
+    wake("compute")
+    until(all_wait, pool)
+    assert pool.late_turns == 1
+    # While the only process is busy, both next turns come to wait for it.
+    spinner = new_group(limits)
+    spinner.start(lambda branch: pool.program(SPINS, branch))
+    until(lambda: "spinning" in str(spinner.root.log), pool)
+    wake("go")
+    spinner.abort()
+    order: list[str] = []
+
+    def ended() -> bool:
+        order.extend(name for name, group in groups.items() if group.poll() and group.finished)
+        return len(order) == 2
+
+    until(ended, pool)
+    assert order == ["prompt", "late"]
+    pool.close()

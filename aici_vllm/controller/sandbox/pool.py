@@ -1,7 +1,8 @@
 """Who runs next: the turns of all scripts, shared out over a few worker processes.
 
 A turn normally takes microseconds. One that runs longer than a step goes on at the lowest priority and
-makes room for another beside it, so that slow scripts do not hold up the others.
+makes room for another beside it, so that slow scripts do not hold up the others. The next turn of a
+script that was late comes after everybody else's.
 """
 
 import logging
@@ -25,16 +26,26 @@ class SandboxPool:
         limits: of each script.
         workers: turns that run at once, as long as none is late.
         late_workers: how many late turns run beside them; when there are more, the others wait for them.
+
+    Attributes:
+        turns: that have ended.
+        late_turns: those of them that computed for longer than a step may.
     """
 
-    def __init__(self, limits: Limits, workers: int = 2, late_workers: int = 8):
+    def __init__(self, limits: Limits, workers: int = 2, late_workers: int = 32):
         self.turns = 0
+        self.late_turns = 0
         self._limits = limits
         self._workers = workers
         self._most_lanes = workers + late_workers
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
         self._steps: deque[SandboxProgram] = deque()
         self._starts: deque[SandboxProgram] = deque()
+        self._slow: deque[SandboxProgram] = deque()
+        self._awaited: set[SandboxProgram] = set()
+        self._none_awaited = threading.Condition(lock)
+        self._held_up_since: float | None = None
         self._lanes: list[Lane] = []
         self._prompt = 0
         self._starting = 0
@@ -64,12 +75,28 @@ class SandboxPool:
         self._ended.clear()
         return ended
 
+    def hold_up(self, timeout: float) -> bool:
+        """Block until the turns that just began have ended, or `timeout` seconds. Whether any had begun.
+
+        A turn is waited for once only, and only as long as its script has patience left.
+        """
+        with self._changed:
+            if not self._awaited:
+                return False
+            self._held_up_since = started = time.monotonic()
+            self._none_awaited.wait_for(lambda: not self._awaited, timeout)
+            self._held_up_since = None
+            for program in self._awaited:
+                program.patience.spend(time.monotonic() - started)
+            self._awaited.clear()
+        return True
+
     def close(self) -> None:
         """End all workers. Turns that still run are killed."""
         with self._changed:
             self._closed = True
             lanes = list(self._lanes)
-            waiting = [*self._steps, *self._starts]
+            waiting = [*self._steps, *self._starts, *self._slow]
             self._changed.notify_all()
         self._busy.set()
         for program in waiting:
@@ -87,12 +114,16 @@ class SandboxPool:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the sandbox pool is closed")
-            (self._steps if program.started else self._starts).append(program)
+            queue = self._slow if program.late else self._steps if program.started else self._starts
+            queue.append(program)
+            if queue is self._steps and program.patience.left() > 0:
+                self._awaited.add(program)
             self._wake_lanes()
 
     def abandon(self, program: SandboxProgram) -> None:
         """Stop the program's turn, if one runs."""
         with self._changed:
+            self._stop_awaiting(program)
             lane = next((lane for lane in self._lanes if lane.program is program), None)
         if lane is not None:
             lane.worker.abandon(program)
@@ -113,23 +144,41 @@ class SandboxPool:
                 self._changed.wait()
             return None
 
-    def give_back(self, lane: "Lane") -> None:
-        """The lane's turn is over."""
+    def give_back(self, lane: "Lane", program: SandboxProgram, turn: Turn | None) -> None:
+        """The lane's turn is over; `turn` is how it ended, unless nobody waits for that."""
         with self._changed:
             self.turns += 1
+            self.late_turns += program.late
             self._prompt -= not lane.late
             self._starting -= lane.starting
             lane.program = None
+            lane.slow = False
+            self._stop_awaiting(program)
+            # Under the lock: the branch may begin the next turn as soon as it sees this one's end.
+            if turn is not None:
+                program.end_turn(turn)
             self._wake_lanes()
         self._ended.set()
+
+    def _stop_awaiting(self, program: SandboxProgram) -> None:
+        if program not in self._awaited:
+            return
+        self._awaited.discard(program)
+        if self._held_up_since is not None:
+            program.patience.spend(time.monotonic() - self._held_up_since)
+        if not self._awaited:
+            self._none_awaited.notify_all()
 
     def _next(self) -> SandboxProgram | None:
         if self._prompt >= self._workers:
             return None
         # Whoever has begun goes first, and scripts that begin never fill all lanes: they may take long.
         queues = [self._steps]
-        if self._starting < max(1, self._most_lanes // 2):
+        most = max(1, self._most_lanes // 2)
+        if self._starting < most:
             queues.append(self._starts)
+        if sum(lane.slow for lane in self._lanes) < most:
+            queues.append(self._slow)
         for queue in queues:
             while queue:
                 program = queue.popleft()
@@ -139,7 +188,8 @@ class SandboxPool:
 
     def _wake_lanes(self) -> None:
         """Wake as many lanes as there is work for, and make those that are missing."""
-        wanted = min(self._workers - self._prompt, len(self._steps) + len(self._starts))
+        waiting = len(self._steps) + len(self._starts) + len(self._slow)
+        wanted = min(self._workers - self._prompt, waiting)
         idle = sum(lane.program is None for lane in self._lanes)
         for _ in range(min(wanted - idle, self._most_lanes - len(self._lanes))):
             lane = Lane(self, self._limits)
@@ -185,6 +235,7 @@ class Lane(threading.Thread):
         self.program: SandboxProgram | None = None
         self.late = False
         self.starting = False
+        self.slow = False
         self._pool = pool
 
     def begin(self, program: SandboxProgram) -> None:
@@ -192,14 +243,13 @@ class Lane(threading.Thread):
         self.program = program
         self.late = False
         self.starting = not program.started
+        self.slow = program.late
 
     def run(self) -> None:
         while (program := self._pool.take(self)) is not None:
             turn = self._turn(program)
             late = self.late
-            if turn is not None:
-                program.end_turn(turn)
-            self._pool.give_back(self)
+            self._pool.give_back(self, program, turn)
             if late:
                 # Its process cannot get its priority back.
                 self.worker.close()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.program import Turn
 from aici_vllm.controller.sandbox.host import Host, Pending
+from aici_vllm.controller.sandbox.patience import Patience
 
 if TYPE_CHECKING:
     from aici_vllm.controller.sandbox.pool import SandboxPool
@@ -37,7 +38,13 @@ class Result:
 
 
 class SandboxProgram:
-    """One branch's script, run by the pool. It holds a worker only while a turn runs."""
+    """One branch's script, run by the pool. It holds a worker only while a turn runs.
+
+    Attributes:
+        seconds: CPU time of its turns, that of its questions in this process included.
+        late: its last turn took longer than a step may.
+        patience: how long steps still wait for it.
+    """
 
     def __init__(self, pool: "SandboxPool", source: str, branch: Branch):
         self._pool = pool
@@ -49,6 +56,9 @@ class SandboxProgram:
         self.result = Result(None, None)
         self.closed = False
         self.awaits = 0
+        self.seconds = 0.0
+        self.late = False
+        self.patience = Patience()
         self._turn: Turn | None = None
 
     @property
@@ -69,6 +79,8 @@ class SandboxProgram:
         copy.host = self.host.fork(branch)
         copy.suspended = self.suspended
         copy.awaits = self.awaits
+        copy.late = self.late
+        copy.patience = self.patience.copy()
         copy._turn = self._turn
         return copy
 

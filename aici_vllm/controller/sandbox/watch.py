@@ -12,21 +12,28 @@ from aici_vllm.controller.sandbox.program import SandboxProgram
 
 LOWEST_PRIORITY = 19
 
+STILL = 1.0
+"""Seconds without any progress, after which a process is called hung: others leave every process some."""
+
+HUNG = "the sandbox process hung while it ran this script; nothing else was lost: send the request again"
+
 
 class Watch:
     """The clock of one turn. Loading a script and keeping a copy of it are no part of its time."""
 
     def __init__(self, program: SandboxProgram, limits: Limits):
         self.program = program
+        self._limits = limits
         self.fault: str | None = None
         """Why the turn's process was killed, if it was."""
         self.began = False
         """Whether the script has run: from then on a turn cannot be repeated."""
-        self._message = f"TimeoutError: {time_limit(limits, program.started)}"
+        self._late_steps = 0
         self._limit = limits.step_seconds * limits.late_steps if program.started else limits.init_seconds
         self._pid = 0
         self._started = self._script_started = self._first = self._last = 0.0
         self._script_runs = False
+        self._computed = self._last_computed = self._last_moved = 0.0
 
     def begin(self, pid: int) -> None:
         """The turn has got a process."""
@@ -41,20 +48,42 @@ class Watch:
         self.began = self._script_runs = True
 
     def end_script(self) -> None:
-        """The script has stopped at an await."""
+        """The script has stopped at an await, or for good."""
+        self._computed = self.computed()
         self._script_runs = False
+
+    def computed(self) -> float:
+        """CPU seconds of the script in this turn, its questions in this process included."""
+        if self._script_runs:
+            return self._seconds() - self._script_started + self.program.host.seconds
+        return self._computed
 
     def total(self) -> float:
         """CPU seconds of the turn, as far as its process lived."""
-        return self._seconds() - self._first
+        return self._seconds() - self._first + self.program.host.seconds
 
     def check(self) -> float:
         """Kill the process when the script computed for too long, or hangs. Seconds since the turn began."""
         seconds = time.monotonic() - self._started
-        computed = self._seconds() - self._script_started + self.program.host.seconds
-        if seconds > patience(self._limit) or (self._script_runs and computed > self._limit):
-            self.kill(self._message)
+        computed = self.computed()
+        if computed != self._last_computed:
+            self._last_computed, self._last_moved = computed, seconds
+        if computed > self._limit or seconds > patience(self._limit):
+            still = seconds - self._last_moved > STILL
+            self.kill(HUNG if still else f"TimeoutError: {time_limit(self._limits, self.program.started)}")
+        elif self.program.started:
+            self._note_late(computed)
         return seconds
+
+    def _note_late(self, computed: float) -> None:
+        """Say in the log that the step had to go on without the script."""
+        steps = int(computed / self._limits.step_seconds)
+        if steps > self._late_steps:
+            self._late_steps = steps
+            limit = f"{1000 * self._limits.step_seconds:g} ms"
+            self.program.host.branch.log.write(
+                f"late: a step may take {limit} of script time ({steps} of {self._limits.late_steps})\n"
+            )
 
     def kill(self, fault: str) -> None:
         """End the process. The first reason stands."""

@@ -28,8 +28,9 @@ class Worker:
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        # The watch kills by CPU time; wall time, which a busy machine stretches, is only the last resort.
-        self._longest_turn = patience(max(limits.init_seconds, limits.step_seconds * limits.late_steps))
+        # The watch kills first, and knows why; this finds a process that hung while it was idle.
+        longest = max(limits.init_seconds, limits.step_seconds * limits.late_steps)
+        self._longest_turn = patience(longest) + 1
         self._monty: Monty | None = None
         self._preludes: dict[bool, Prelude] = {}
         self._lock = threading.Lock()
@@ -121,4 +122,8 @@ class Worker:
     def _end_watch(self, watch: Watch) -> None:
         with self._lock:
             self._watch = None
-        self.script_seconds += watch.total()
+        watch.end_script()
+        watch.program.late = watch.computed() > self._limits.step_seconds
+        seconds = watch.total()
+        watch.program.seconds += seconds
+        self.script_seconds += seconds
