@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.group import Group
 from aici_vllm.controller.sampling import Sampling
-from aici_vllm.engine.masks import KEY
+from aici_vllm.engine.masks import LANE
 
 FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 """How vLLM calls the ends that it knows; every other end is an abort to it."""
@@ -22,6 +22,7 @@ class Controlled:
 
     Attributes:
         params: sampling parameters as the client set them, before a script changes any.
+        lane: where its slot stands in the masks of a step.
         choice: the output has a reader: a choice of the client's request. Other branches are only
             reported in the results.
         parked: the request is in none of vLLM's queues.
@@ -39,6 +40,7 @@ class Controlled:
     branch: Branch
     group: "ControlledGroup"
     params: SamplingParams
+    lane: int
     choice: bool = True
     parked: bool = True
     awaited: bool = False
@@ -142,14 +144,14 @@ class ControlledGroup:
         return self.members[0]
 
 
-def worker_params(params: SamplingParams, key: str, branch_index: int) -> SamplingParams:
-    """Sampling parameters as the workers see them: masks arrive under `key`, the script stays here.
+def worker_params(params: SamplingParams, lane: int, branch_index: int) -> SamplingParams:
+    """Sampling parameters as the workers see them: masks arrive in `lane`, the script stays here.
 
     Stopping is the branch's business, so nothing in them may stop or forbid a token. Branches of a
     seeded request draw differently.
     """
     params = copy.copy(params)
-    params.extra_args = {KEY: key}
+    params.extra_args = {LANE: lane}
     params.min_tokens = 0
     params.ignore_eos = True
     if params.seed is not None and branch_index:
@@ -160,11 +162,10 @@ def worker_params(params: SamplingParams, key: str, branch_index: int) -> Sampli
 def child_request(parent: Controlled, branch: Branch, request_id: str) -> Request:
     """A vLLM request for a forked branch, which inherits everything the client set."""
     source = parent.group.root.request
-    assert source.sampling_params is not None
     return Request(
         request_id=request_id,
         prompt_token_ids=list(branch.sequence.tokens),
-        sampling_params=worker_params(source.sampling_params, request_id, branch.index),
+        sampling_params=parent.group.root.params,
         pooling_params=None,
         client_index=source.client_index,
         arrival_time=source.arrival_time,

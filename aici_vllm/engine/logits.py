@@ -1,7 +1,6 @@
-"""Masks applied to logits: one implementation behind the interfaces of both model runners."""
+"""Masks of controlled requests applied behind the logits-processor interfaces of both model runners."""
 
-from typing import Any
-
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -10,46 +9,11 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from aici_vllm.engine.masks import NO_MASK, StepMasks, request_key
+from aici_vllm.engine.device_masks import DeviceMasks
+from aici_vllm.engine.masks import NO_MASK, StepMasks, request_lane, table_rows
 
-
-class DeviceMasks:
-    """The mask table on one device, packed 32 tokens to an int32."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._table = torch.empty((0, 0), dtype=torch.int32, device=device)
-        self._bits = torch.arange(32, dtype=torch.int32, device=device)
-
-    def write(self, slots: list[int], rows: torch.Tensor) -> None:
-        """Put `rows`, int32[k, words], into `slots`; the table grows to hold them."""
-        needed = max(slots) + 1
-        if needed > self._table.shape[0]:
-            grown = torch.zeros(
-                (max(needed, 2 * self._table.shape[0], 64), rows.shape[1]),
-                dtype=torch.int32,
-                device=self._device,
-            )
-            if self._table.numel():
-                grown[: self._table.shape[0]] = self._table
-            self._table = grown
-        index = torch.tensor(slots, dtype=torch.int64)
-        self._table[index.to(self._device, non_blocking=True)] = rows.to(self._device, non_blocking=True)
-
-    def apply(self, logits: torch.Tensor, rows: list[int], slots: list[int]) -> None:
-        """Set `logits[rows[i]]` to -inf wherever table row `slots[i]` has no bit. In place.
-
-        Tokens past the end of a row, the padding of a vocabulary, are never allowed.
-        """
-        row_index = torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
-        slot_index = torch.tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True)
-        words = self._table.index_select(0, slot_index)
-        allowed = (words.unsqueeze(-1) >> self._bits).bitwise_and_(1).bool().flatten(1)
-        picked = logits.index_select(0, row_index)
-        width = min(allowed.shape[1], picked.shape[1])
-        picked[:, :width].masked_fill_(~allowed[:, :width], float("-inf"))
-        picked[:, width:] = float("-inf")
-        logits.index_copy_(0, row_index, picked)
+NO_LANE = np.iinfo(np.int32).max
+"""The lane of a plain request: beyond every other."""
 
 
 class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
@@ -66,19 +30,26 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
         is_pin_memory: bool = False,
     ):
         device = state if isinstance(state, (torch.device, str)) else state.device
-        self._masks = DeviceMasks(torch.device(device))
-        # V1: batch index -> request key. V2: request slot -> request key.
-        self._keys: dict[int, str] = {}
-        self._rows: dict[str, int] = {}
+        max_rows = vllm_config.scheduler_config.max_num_seqs
+        # V1: by batch index. V2: by request slot.
+        self._lanes = np.full(max_rows, NO_LANE, np.int32)
+        self._lane_of_row: dict[int, int] = {}
+        self._slots: np.ndarray | None = None
+        self._masks: DeviceMasks | None = None
+        if str(vllm_config.parallel_config.worker_cls).startswith("aici_vllm"):
+            # Allocated now, so that vLLM counts it before it sizes the KV cache.
+            words = -(-vllm_config.model_config.get_vocab_size() // 32)
+            self._masks = DeviceMasks(torch.device(device), table_rows(max_rows, words), words, max_rows)
 
     def install(self, step: StepMasks | None) -> None:
         """Take the masks of the step that is about to sample; None for a step without any."""
         if step is None:
-            self._rows = {}
+            self._slots = None
             return
+        assert self._masks is not None
         if step.new_rows is not None:
-            self._masks.write(step.new_slots, torch.from_numpy(step.new_rows))
-        self._rows = step.rows
+            self._masks.write(step.new_slots, step.new_rows)
+        self._slots = step.slots
 
     # Model Runner V1: rows are batch indices.
 
@@ -86,31 +57,27 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._keys, batch_update, lambda params, prompt, output: request_key(params))
+        if batch_update is None:
+            return
+        process_dict_updates(self._lane_of_row, batch_update, lambda params, *_: request_lane(params))
+        self._lanes.fill(NO_LANE)
+        for row, lane in self._lane_of_row.items():
+            self._lanes[row] = lane
 
     # Model Runner V2: rows belong to request slots.
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        key = request_key(sampling_params)
-        if key is None:
-            self._keys.pop(req_idx, None)
-            return False
-        self._keys[req_idx] = key
-        return True
+        lane = request_lane(sampling_params)
+        self._lanes[req_idx] = NO_LANE if lane is None else lane
+        return lane is not None
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
-        if not self._rows:
+        if self._slots is None:
             return logits
-        if ctx is None:
-            owners: Any = self._keys.items()
-        else:
-            owners = ((row, self._keys.get(slot)) for row, slot in enumerate(ctx.idx_mapping_np.tolist()))
-        rows, slots = [], []
-        for row, key in owners:
-            slot = self._rows.get(key, NO_MASK)
-            if slot != NO_MASK:
-                rows.append(row)
-                slots.append(slot)
-        if rows:
-            self._masks.apply(logits, rows, slots)
+        lanes = self._lanes[: len(logits)] if ctx is None else self._lanes[ctx.idx_mapping_np]
+        # A lane that the message does not know is clipped to its last slot, which is NO_MASK.
+        slots = self._slots.take(lanes, mode="clip")
+        if (slots != NO_MASK).any():
+            assert self._masks is not None
+            self._masks.apply(logits, slots)
         return logits

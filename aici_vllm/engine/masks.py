@@ -7,6 +7,7 @@ new and one number per sequence.
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +15,55 @@ import numpy as np
 if TYPE_CHECKING:
     from aici_vllm.controller.sampling import Sampling
 
-KEY = "controller_key"
-"""Set in a controlled request's `extra_args` for the workers: the name under which its masks arrive."""
+LANE = "controller_lane"
+"""Set in a controlled request's `extra_args` for the workers: which of a step's slots is its own."""
 
 NO_MASK = -1
-"""The row of a sequence that may sample any token."""
+"""The slot of a sequence that may sample any token."""
+
+TABLE_BYTES = 64 << 20
 
 
-def request_key(params: Any) -> str | None:
-    """The name under which a controlled request's masks arrive; None for a plain request."""
-    return params.extra_args.get(KEY) if params.extra_args else None
+def request_lane(params: Any) -> int | None:
+    """The lane of a controlled request; None for a plain request."""
+    return params.extra_args.get(LANE) if params.extra_args else None
+
+
+def table_rows(max_rows: int, words: int) -> int:
+    """Rows of the table of an engine whose steps have up to `max_rows` sequences."""
+    return max(2 * max_rows, TABLE_BYTES // (4 * words))
+
+
+class Lanes:
+    """Small numbers for the requests of live branches, so that a step's slots are an array.
+
+    A number may be given again once the request that had it will not be sent to the workers any more.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[bool] = []
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        """One more than the highest number in use."""
+        return len(self._taken)
+
+    def take(self) -> int:
+        """The lowest number that nobody has."""
+        while self._free:
+            lane = heappop(self._free)
+            if lane < len(self._taken) and not self._taken[lane]:
+                self._taken[lane] = True
+                return lane
+        self._taken.append(True)
+        return len(self._taken) - 1
+
+    def give_back(self, lane: int) -> None:
+        """Its request is over."""
+        self._taken[lane] = False
+        heappush(self._free, lane)
+        while self._taken and not self._taken[-1]:
+            self._taken.pop()
 
 
 @dataclass(slots=True)
@@ -32,13 +72,14 @@ class StepMasks:
 
     Attributes:
         grammar: vLLM's own structured-output masks, passed on untouched.
-        rows: request id → row of the table.
+        slots: lane → row of the table, or NO_MASK, int32[lanes + 1]. The last one is NO_MASK and stands
+            for every lane beyond.
         new_slots: the rows to write first, [k].
         new_rows: their content, int32[k, words].
     """
 
     grammar: Any
-    rows: dict[str, int]
+    slots: np.ndarray
     new_slots: list[int] = field(default_factory=list)
     new_rows: np.ndarray | None = None
 
@@ -48,36 +89,40 @@ class MaskTable:
 
     Args:
         capacity: rows; at least the number of sequences of one step.
-        words: int32 words in a row.
     """
 
-    def __init__(self, capacity: int, words: int):
+    def __init__(self, capacity: int):
         self.capacity = capacity
-        self.words = words
         self.built = 0
         self.reused = 0
         self._slots: OrderedDict[Hashable, int] = OrderedDict()
         self._unnamed = 0
 
-    def step(self, grammar: Any, samplings: "dict[str, Sampling]") -> StepMasks:
-        """Find or make the row of each sequence."""
-        masks = StepMasks(grammar, {})
+    def step(self, grammar: Any, samplings: "dict[int, Sampling]", lanes: int) -> StepMasks:
+        """Find or make the row of each sequence.
+
+        Args:
+            samplings: lane → what the sequence samples under.
+            lanes: more than the highest lane.
+        """
+        slots = [NO_MASK] * (lanes + 1)
+        known = self._slots
+        new_slots: list[int] = []
         new_rows: list[np.ndarray] = []
-        for request_id, sampling in samplings.items():
+        for lane, sampling in samplings.items():
             key = sampling.mask_key()
-            slot = self._slots.get(key) if key is not None else None
+            slot = known.get(key) if key is not None else None
             if slot is not None:
-                self._slots.move_to_end(key)
-                self.reused += 1
+                known.move_to_end(key)
             else:
                 slot = self._take_slot(key)
-                masks.new_slots.append(slot)
+                new_slots.append(slot)
                 new_rows.append(sampling.mask_row())
-                self.built += 1
-            masks.rows[request_id] = slot
-        if new_rows:
-            masks.new_rows = np.stack(new_rows)
-        return masks
+            slots[lane] = slot
+        self.built += len(new_slots)
+        self.reused += len(samplings) - len(new_slots)
+        stacked = np.stack(new_rows) if new_rows else None
+        return StepMasks(grammar, np.array(slots, np.int32), new_slots, stacked)
 
     def _take_slot(self, key: Hashable | None) -> int:
         if key is None:

@@ -44,7 +44,7 @@ from aici_vllm.engine.controlled import (
     worker_params,
 )
 from aici_vllm.engine.live import LIVE, LiveViews
-from aici_vllm.engine.masks import MaskTable
+from aici_vllm.engine.masks import Lanes, MaskTable, table_rows
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
 from aici_vllm.engine.sharing import Source, best_source
@@ -52,7 +52,6 @@ from aici_vllm.engine.vocabulary import model_vocabulary
 
 require_supported()
 
-MASK_TABLE_BYTES = 64 << 20
 SCRIPT_GRACE = 0.0005
 """Seconds that a step waits for scripts in the sandbox while there is other work."""
 SCRIPT_GRACE_IDLE = 0.005
@@ -72,8 +71,8 @@ class Scheduler(AsyncScheduler):
         self.limits = operator_limits(self.vllm_config)
         self.vocabulary = model_vocabulary(model_config)
         self.programs = Programs(self.limits)
-        words = self.vocabulary.num_words
-        self.masks = MaskTable(max(2 * self.max_num_running_reqs, MASK_TABLE_BYTES // (4 * words)), words)
+        self.masks = MaskTable(table_rows(self.max_num_running_reqs, self.vocabulary.num_words))
+        self.lanes = Lanes()
         self.checkpoints = Checkpoints(self.kv_cache_manager, self.limits.checkpoints)
         self.live_views = LiveViews(self.vllm_config.scheduler_config.stream_interval)
         self._groups: dict[str, ControlledGroup] = {}
@@ -81,7 +80,7 @@ class Scheduler(AsyncScheduler):
         self._thinking: set[ControlledGroup] = set()
         self._unsettled: dict[ControlledGroup, None] = {}
         self._outputs: list[tuple[int, EngineCoreOutput]] = []
-        self._step_members: dict[str, tuple[Controlled, int]] = {}
+        self._step_members: list[tuple[Controlled, int]] = []
         wrap_allocation(self.kv_cache_manager, self._taking_idle_blocks)
 
     # Requests come and go.
@@ -138,13 +137,13 @@ class Scheduler(AsyncScheduler):
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        self._step_members = {}
+        self._step_members = []
         waits_for_token = False
         if self._controlled:
             for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
                 member = self._controlled.get(request_id)
                 if member is not None:
-                    self._step_members[request_id] = (member, member.times_taken_out)
+                    self._step_members.append((member, member.times_taken_out))
                     member.forward_passes += 1
                     member.computed_tokens += num_tokens
                     waits_for_token |= member.request.num_output_placeholders > 0
@@ -157,13 +156,13 @@ class Scheduler(AsyncScheduler):
         grammar = super().get_grammar_bitmask(scheduler_output)
         # vLLM asks for the step that it scheduled last. A row overtaken since then is dropped later.
         samplings = {
-            request_id: member.branch.sampling
-            for request_id, (member, times_taken_out) in self._step_members.items()
+            member.lane: member.branch.sampling
+            for member, times_taken_out in self._step_members
             if times_taken_out == member.times_taken_out
             and not member.request.is_prefill_chunk
             and member.branch.sampling is not None
         }
-        return self.masks.step(grammar, samplings) if samplings else grammar
+        return self.masks.step(grammar, samplings, len(self.lanes)) if samplings else grammar
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -269,8 +268,9 @@ class Scheduler(AsyncScheduler):
     def _adopt(self, group: ControlledGroup, branch: Branch, request: Request) -> Controlled:
         """Put a request under a branch; it is parked until the branch wants a token."""
         assert request.sampling_params is not None
-        request.sampling_params = worker_params(request.sampling_params, request.request_id, branch.index)
-        member = Controlled(request, branch, group, request.sampling_params)
+        lane = self.lanes.take()
+        request.sampling_params = worker_params(request.sampling_params, lane, branch.index)
+        member = Controlled(request, branch, group, request.sampling_params, lane)
         group.members[branch.index] = member
         self._controlled[request.request_id] = member
         self.requests[request.request_id] = request
@@ -354,6 +354,7 @@ class Scheduler(AsyncScheduler):
             self.checkpoints.take(member.checkpoint, member)
         request.status = status
         self._free_request(request)
+        self.lanes.give_back(member.lane)
         del self._controlled[request.request_id]
         gone = status is RequestStatus.FINISHED_ABORTED
         if member.choice and member is not member.group.root and not gone:

@@ -1,13 +1,17 @@
-"""The mask table sends each row once, and the device applies exactly the bits of its rows."""
+"""The mask table sends each row once, and each number goes to the row of logits that it is for."""
 
 from collections.abc import Hashable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from aici_vllm.engine.logits import DeviceMasks
-from aici_vllm.engine.masks import MaskTable
+from aici_vllm.engine.logits import AiciLogitsProcessor
+from aici_vllm.engine.masks import LANE, NO_MASK, Lanes, MaskTable, StepMasks, table_rows
 
 
 class State:
@@ -27,54 +31,122 @@ class State:
 
 
 def test_a_known_state_costs_one_number() -> None:
-    table = MaskTable(capacity=8, words=2)
+    table = MaskTable(capacity=8)
     row = np.array([5, 6], np.int32)
-    first = table.step(None, {"a": State("s", row), "b": State("s", row)})
-    assert first.rows["a"] == first.rows["b"]
-    assert len(first.new_slots) == 1
+    first = table.step(None, {0: State("s", row), 2: State("s", row)}, lanes=3)
+    slot = first.slots[0]
+    assert first.slots.dtype == np.int32 and first.slots.tolist() == [slot, NO_MASK, slot, NO_MASK]
+    assert first.new_slots == [slot]
     assert first.new_rows is not None and first.new_rows.tolist() == [[5, 6]]
-    second = table.step("grammar", {"a": State("s", row)})
-    assert second.rows == {"a": first.rows["a"]}
+    second = table.step("grammar", {0: State("s", row)}, lanes=1)
+    assert second.slots.tolist() == [slot, NO_MASK]
     assert second.new_slots == [] and second.new_rows is None and second.grammar == "grammar"
     assert (table.built, table.reused) == (1, 2)
 
 
 def test_the_oldest_row_makes_room_and_comes_back_when_asked() -> None:
-    table = MaskTable(capacity=2, words=1)
+    table = MaskTable(capacity=2)
     rows = {name: np.array([i], np.int32) for i, name in enumerate("abc")}
-    slots = {name: table.step(None, {"r": State(name, rows[name])}).rows["r"] for name in "abc"}
+    slots = {name: table.step(None, {0: State(name, rows[name])}, 1).slots[0] for name in "abc"}
     assert slots["c"] == slots["a"] != slots["b"]
-    again = table.step(None, {"r": State("a", rows["a"])})
-    assert again.new_rows is not None and again.rows["r"] == slots["b"]
+    again = table.step(None, {0: State("a", rows["a"])}, 1)
+    assert again.new_rows is not None and again.slots[0] == slots["b"]
 
 
 def test_a_state_without_a_name_is_sent_every_time() -> None:
-    table = MaskTable(capacity=4, words=1)
+    table = MaskTable(capacity=4)
     state = State(None, np.array([1], np.int32))
-    assert all(table.step(None, {"r": state}).new_slots for _ in range(10))
+    assert all(table.step(None, {0: state}, 1).new_slots for _ in range(10))
 
 
-@pytest.mark.parametrize("vocabulary", [32, 100, 750])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_logits_equal_brute_force(vocabulary: int, dtype: torch.dtype) -> None:
-    rng = np.random.default_rng(0)
-    words = (vocabulary + 31) // 32
-    rows = rng.integers(-(2**31), 2**31, (5, words), dtype=np.int64).astype(np.int32)
-    masks = DeviceMasks(torch.device("cpu"))
-    masks.write([0, 1, 2, 7, 90], torch.from_numpy(rows))
-    logits = torch.randn(6, vocabulary).to(dtype)
-    expected = logits.clone()
-    for row, content in ((1, rows[3]), (4, rows[4]), (5, rows[0])):
-        for token in range(vocabulary):
-            if not (int(content[token // 32]) >> (token % 32)) & 1:
-                expected[row, token] = float("-inf")
-    masks.apply(logits, [1, 4, 5], [7, 90, 0])
-    assert torch.equal(logits, expected)
+def test_the_table_holds_a_step_of_any_vocabulary() -> None:
+    assert table_rows(256, 4096) == 4096
+    assert table_rows(256, 1 << 20) == 512
 
 
-def test_logits_wider_than_the_vocabulary_are_never_allowed() -> None:
-    masks = DeviceMasks(torch.device("cpu"))
-    masks.write([0], torch.tensor([[-1]], dtype=torch.int32))
-    logits = torch.zeros(1, 40)
-    masks.apply(logits, [0], [0])
-    assert torch.isinf(logits[0, 32:]).all() and not torch.isinf(logits[0, :32]).any()
+def test_lanes_are_the_lowest_free_numbers_and_their_array_shrinks() -> None:
+    lanes = Lanes()
+    assert [lanes.take() for _ in range(4)] == [0, 1, 2, 3]
+    lanes.give_back(1)
+    lanes.give_back(3)
+    assert len(lanes) == 3
+    assert [lanes.take() for _ in range(3)] == [1, 3, 4]
+    for lane in (0, 4, 3, 2, 1):
+        lanes.give_back(lane)
+    assert len(lanes) == 0
+    assert [lanes.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+
+
+def processor(max_num_seqs: int = 6, vocabulary: int = 40, worker_cls: str = "aici_vllm.Worker") -> Any:
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        parallel_config=SimpleNamespace(worker_cls=worker_cls),
+        model_config=SimpleNamespace(get_vocab_size=lambda: vocabulary),
+    )
+    return AiciLogitsProcessor(config, torch.device("cpu"))
+
+
+def controlled(lane: int) -> SamplingParams:
+    return SamplingParams(extra_args={LANE: lane})
+
+
+def only(token: int) -> np.ndarray:
+    row = np.zeros(2, np.int32)
+    row[token // 32] = 1 << token % 32
+    return row
+
+
+def step(*slots: int) -> StepMasks:
+    """Lanes under masks that allow the token of their slot's number alone."""
+    return StepMasks(None, np.array([*slots, NO_MASK], np.int32), [0, 1, 2], np.stack([*map(only, range(3))]))
+
+
+def allowed(logits: torch.Tensor) -> list[list[int] | str]:
+    found: list[list[int] | str] = []
+    for row in logits:
+        tokens = torch.isfinite(row).nonzero().flatten().tolist()
+        found.append("all" if len(tokens) == logits.shape[1] else tokens)
+    return found
+
+
+def test_rows_follow_the_batch_of_model_runner_v1() -> None:
+    masked = processor()
+    plain = SamplingParams()
+    added: Any = [(0, controlled(1), [], []), (1, plain, [], []), (2, controlled(0), [], [])]
+    masked.update_state(BatchUpdate(batch_size=3, removed=[], added=added, moved=[]))
+    masked.install(step(0, 1))
+    assert allowed(masked.apply(torch.zeros(3, 40))) == [[1], "all", [0]]
+    swap = [(0, 1, MoveDirectionality.SWAP)]
+    masked.update_state(BatchUpdate(batch_size=3, removed=[2], added=[], moved=swap))
+    masked.install(step(2, 0))
+    assert allowed(masked.apply(torch.zeros(2, 40))) == ["all", [0]]
+    masked.update_state(None)
+    masked.install(None)
+    assert allowed(masked.apply(torch.zeros(2, 40))) == ["all", "all"]
+
+
+def test_rows_follow_the_slots_of_model_runner_v2() -> None:
+    masked = processor()
+    assert masked.add_request(4, controlled(0)) and masked.add_request(2, controlled(2))
+    assert not masked.add_request(0, SamplingParams())
+    context: Any = SimpleNamespace(idx_mapping_np=np.array([2, 0, 4]))
+    masked.install(step(1, NO_MASK, 2))
+    assert allowed(masked.apply(torch.zeros(3, 40), context)) == [[2], "all", [1]]
+    masked.add_request(4, SamplingParams())
+    assert allowed(masked.apply(torch.zeros(3, 40), context)) == [[2], "all", "all"]
+
+
+def test_a_lane_that_the_step_does_not_know_has_no_mask() -> None:
+    masked = processor()
+    masked.add_request(0, controlled(5))
+    masked.install(step(1))
+    context: Any = SimpleNamespace(idx_mapping_np=np.array([0]))
+    assert allowed(masked.apply(torch.zeros(1, 40), context)) == ["all"]
+
+
+@pytest.mark.parametrize("worker_cls", ["auto", "vllm.v1.worker.gpu_worker.Worker"])
+def test_an_engine_without_controllers_holds_no_table(worker_cls: str) -> None:
+    masked = processor(worker_cls=worker_cls)
+    assert masked._masks is None
+    assert not masked.add_request(0, SamplingParams())
+    assert allowed(masked.apply(torch.zeros(1, 40))) == ["all"]
