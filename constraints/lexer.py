@@ -49,15 +49,15 @@ class Lexer:
         return known
 
     def _expand(self, state: Alive) -> list[int]:
-        rows = [(terminal, self.automata[terminal].row(at)) for terminal, at in state]
-        numbers: dict[Alive, int] = {(): DEAD}
-        found = []
-        for byte in range(256):
-            after = tuple((terminal, row[byte]) for terminal, row in rows if row[byte] != DEAD)
-            if after not in numbers:
-                numbers[after] = self._number(after)
-            found.append(numbers[after])
-        return found
+        terminals = [terminal for terminal, _ in state]
+        columns = list(zip(*(self.automata[terminal].row(at) for terminal, at in state), strict=True))
+        # Most bytes do what others do, so each thing that they do is looked at once.
+        numbers: dict[tuple[int, ...], int] = {}
+        for column in columns:
+            if column not in numbers:
+                after = tuple((t, at) for t, at in zip(terminals, column, strict=True) if at != DEAD)
+                numbers[column] = self._number(after) if after else DEAD
+        return [numbers[column] for column in columns]
 
     def _number(self, state: Alive) -> int:
         number = self._numbers.get(state)

@@ -1,4 +1,8 @@
-"""LR tables: LALR(1) first, canonical LR(1) where LALR would see a conflict that LR(1) does not have."""
+"""LR tables: LALR(1) first, canonical LR(1) where LALR may see a conflict that LR(1) does not have.
+
+The lookaheads of LALR(1) are those of DeRemer and Pennello: what may follow a rule where it was begun, found
+without ever listing the items of a state with their lookaheads.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ END = -1
 ACCEPT = 0
 """Reducing production 0 accepts the text."""
 MAX_STATES = 20_000
-MAX_WORK = 2_000_000
-"""Items looked at while the tables are made: bounds the time."""
+MAX_WORK = 400_000
+"""Items looked at while the tables are made: bounds the time to a second or so."""
 
 Item = tuple[int, int]
 """A production, and how many of its symbols are read."""
@@ -76,13 +80,14 @@ def make_tables(grammar: Grammar) -> Tables:
     """
     _check_productive(grammar)
     sets = _Sets(grammar)
-    tables = _Builder(grammar, sets, merge=True).tables()
-    if not tables.ambiguous:
-        return tables
+    made, choices = _Lalr(grammar, sets).tables()
+    if not choices:
+        return made
+    # Only between two reductions can LALR(1) see a conflict that LR(1) does not have.
     try:
-        return _Builder(grammar, sets, merge=False).tables()
+        return _Canonical(grammar, sets).tables()
     except _TooLarge:
-        return tables
+        return made
 
 
 def _check_productive(grammar: Grammar) -> None:
@@ -111,100 +116,43 @@ class _TooLarge(ConstraintError):
 
 
 class _Builder:
-    """One table construction: LALR(1) when `merge`, else canonical LR(1)."""
+    """What both constructions share: a bound on the work, and the entry of reductions into the tables."""
 
-    def __init__(self, grammar: Grammar, sets: _Sets, merge: bool):
+    def __init__(self, grammar: Grammar, sets: _Sets):
         self.grammar = grammar
         self.sets = sets
-        self.merge = merge
-        self.kernels: list[dict[Item, int]] = []
-        self.numbers: dict[object, int] = {}
         self.moves: list[dict[int, int]] = []
         self.work = 0
-        self._build()
 
-    def _name(self, kernel: dict[Item, int]) -> object:
-        return frozenset(kernel) if self.merge else frozenset(kernel.items())
+    def count(self, work: int) -> None:
+        self.work += work
+        if self.work > MAX_WORK:
+            raise _TooLarge("yacc grammar: its table takes too long to make; use fewer or shorter rules")
 
-    def _build(self) -> None:
-        start: dict[Item, int] = {(0, 0): 1}
-        self.numbers[self._name(start)] = 0
-        self.kernels.append(start)
+    def new_state(self) -> int:
+        if len(self.moves) >= MAX_STATES:
+            raise _TooLarge(f"yacc grammar: its table needs more than {MAX_STATES} states")
         self.moves.append({})
-        queue = [0]
-        waiting = {0}
-        while queue:
-            number = queue.pop()
-            waiting.discard(number)
-            for symbol, kernel in self._successors(self.kernels[number]).items():
-                target, changed = self._place(kernel)
-                self.moves[number][symbol] = target
-                if changed and target not in waiting:
-                    queue.append(target)
-                    waiting.add(target)
+        return len(self.moves) - 1
 
-    def _place(self, kernel: dict[Item, int]) -> tuple[int, bool]:
-        """The state of `kernel`, and whether it has to be looked at (again)."""
-        name = self._name(kernel)
-        number = self.numbers.get(name)
-        if number is None:
-            number = self.numbers[name] = len(self.kernels)
-            if number >= MAX_STATES:
-                raise _TooLarge(f"yacc grammar: its table needs more than {MAX_STATES} states")
-            self.kernels.append(kernel)
-            self.moves.append({})
-            return number, True
-        known = self.kernels[number]
-        changed = False
-        for item, ahead in kernel.items():
-            if ahead & ~known[item]:
-                known[item] |= ahead
-                changed = True
-        return number, changed
+    def enter(self, reductions: list[list[tuple[int, int]]]) -> tuple[Tables, bool]:
+        """The tables, given each state's productions to reduce with their lookaheads as bits.
 
-    def _closure(self, kernel: dict[Item, int]) -> dict[Item, int]:
-        """All items of a state with the terminals that may follow each."""
-        items = dict(kernel)
-        queue = list(items)
-        while queue:
-            self.work += 1
-            if self.work > MAX_WORK:
-                raise _TooLarge("yacc grammar: its table takes too long to make; use fewer rules")
-            production, place = item = queue.pop()
-            symbols = self.grammar.productions[production].symbols
-            if place == len(symbols) or symbols[place] < 0:
-                continue
-            ahead, empty = self.sets.of(symbols[place + 1 :])
-            if empty:
-                ahead |= items[item]
-            for new in self.sets.by_rule[symbols[place]]:
-                known = items.get((new, 0))
-                if known is None or ahead & ~known:
-                    items[new, 0] = ahead | (known or 0)
-                    queue.append((new, 0))
-        return items
-
-    def _successors(self, kernel: dict[Item, int]) -> dict[int, dict[Item, int]]:
-        found: dict[int, dict[Item, int]] = {}
-        for (production, place), ahead in self._closure(kernel).items():
-            symbols = self.grammar.productions[production].symbols
-            if place < len(symbols):
-                found.setdefault(symbols[place], {})[production, place + 1] = ahead
-        return found
-
-    def tables(self) -> Tables:
+        True when two reductions met in one place.
+        """
         tables = Tables([], [], [], self.grammar.productions)
-        for number, kernel in enumerate(self.kernels):
-            shift = {~symbol: to for symbol, to in self.moves[number].items() if symbol < 0}
+        choices = False
+        for moves, found in zip(self.moves, reductions, strict=True):
+            shift = {~symbol: to for symbol, to in moves.items() if symbol < 0}
             reduce: dict[int, int] = {}
-            for (production, place), ahead in self._closure(kernel).items():
-                if place == len(self.grammar.productions[production].symbols):
-                    for terminal in _terminals(ahead):
-                        tables.ambiguous |= self._decide(terminal, production, shift, reduce)
+            for production, ahead in found:
+                for terminal in _terminals(ahead):
+                    choices |= terminal in reduce
+                    tables.ambiguous |= self._decide(terminal, production, shift, reduce)
             tables.shift.append(shift)
-            tables.goto.append({symbol: to for symbol, to in self.moves[number].items() if symbol >= 0})
+            tables.goto.append({symbol: to for symbol, to in moves.items() if symbol >= 0})
             tables.reduce.append(reduce)
-        return tables
+        return tables, choices
 
     def _decide(self, terminal: int, production: int, shift: dict[int, int], reduce: dict[int, int]) -> bool:
         """Enter a reduction on `terminal`; True when it met another action and yacc's order decided."""
@@ -224,6 +172,196 @@ class _Builder:
         elif mine[0] == theirs[0] and theirs[1] == "nonassoc":
             del shift[terminal]
         return False
+
+
+class _Lalr(_Builder):
+    """The LR(0) states, then for every rule begun in a state what may follow it there."""
+
+    def __init__(self, grammar: Grammar, sets: _Sets):
+        super().__init__(grammar, sets)
+        self.kernels: list[frozenset[Item]] = []
+        self.begun = self._begun()
+        self._make_states()
+
+    def _begun(self) -> list[tuple[int, ...]]:
+        """By rule, the rules that a text of it may begin with, itself included."""
+        found: list[tuple[int, ...]] = []
+        for rule in range(len(self.grammar.rules)):
+            seen = {rule: None}
+            queue = [rule]
+            while queue:
+                for number in self.sets.by_rule[queue.pop()]:
+                    first = self.grammar.productions[number].symbols[:1]
+                    if first and first[0] >= 0 and first[0] not in seen:
+                        seen[first[0]] = None
+                        queue.append(first[0])
+            self.count(len(seen))
+            found.append(tuple(seen))
+        return found
+
+    def _make_states(self) -> None:
+        numbers: dict[frozenset[Item], int] = {}
+
+        def place(kernel: frozenset[Item]) -> int:
+            if kernel not in numbers:
+                numbers[kernel] = self.new_state()
+                self.kernels.append(kernel)
+            return numbers[kernel]
+
+        place(frozenset({(0, 0)}))
+        for state, kernel in enumerate(self.kernels):
+            after: dict[int, set[Item]] = {}
+            for production, at in self._items(kernel):
+                symbols = self.grammar.productions[production].symbols
+                if at < len(symbols):
+                    after.setdefault(symbols[at], set()).add((production, at + 1))
+            for symbol, items in after.items():
+                self.moves[state][symbol] = place(frozenset(items))
+
+    def _items(self, kernel: frozenset[Item]) -> list[Item]:
+        items = list(kernel)
+        rules: set[int] = set()
+        for production, at in kernel:
+            symbols = self.grammar.productions[production].symbols
+            if at < len(symbols) and symbols[at] >= 0:
+                rules.update(self.begun[symbols[at]])
+        items += [(production, 0) for rule in sorted(rules) for production in self.sets.by_rule[rule]]
+        self.count(len(items))
+        return items
+
+    def tables(self) -> tuple[Tables, bool]:
+        """The tables; True when two reductions met in one place."""
+        starts = [
+            (state, symbol) for state, moves in enumerate(self.moves) for symbol in moves if symbol >= 0
+        ]
+        number = {start: place for place, start in enumerate(starts)}
+        follow = [self._read_at_once(self.moves[state][rule]) for state, rule in starts]
+        # `feeds[i]`: the places whose follow sets hold all of i's.
+        feeds: list[list[int]] = [[] for _ in starts]
+        for place, (state, rule) in enumerate(starts):
+            after = self.moves[state][rule]
+            for other in self.moves[after]:
+                if other >= 0 and self.sets.empty[other]:
+                    feeds[number[after, other]].append(place)
+        _spread(follow, feeds)
+        feeds = [[] for _ in starts]
+        ends: list[dict[int, list[int]]] = [{} for _ in self.moves]
+        for place, (state, rule) in enumerate(starts):
+            for production in self.sets.by_rule[rule]:
+                self._trace(place, state, production, number, feeds, ends)
+        _spread(follow, feeds)
+        reductions = [
+            [(production, _union(follow, places)) for production, places in sorted(found.items())]
+            for found in ends
+        ]
+        # The start production is begun nowhere: it is reduced at the end of the text.
+        reductions[self.moves[0][self.grammar.productions[0].symbols[0]]].insert(0, (0, 1))
+        return self.enter(reductions)
+
+    def _read_at_once(self, state: int) -> int:
+        """The terminals that `state` shifts, as bits; with END where the start rule is complete."""
+        bits = sum(2 << ~symbol for symbol in self.moves[state] if symbol < 0)
+        return bits | ((0, 1) in self.kernels[state])
+
+    def _trace(
+        self,
+        place: int,
+        state: int,
+        production: int,
+        number: dict[tuple[int, int], int],
+        feeds: list[list[int]],
+        ends: list[dict[int, list[int]]],
+    ) -> None:
+        """Follow `production`, begun in `state`: where it ends, and which rules in it may end it."""
+        symbols = self.grammar.productions[production].symbols
+        self.count(1 + len(symbols))
+        path = [state]
+        for symbol in symbols:
+            path.append(self.moves[path[-1]][symbol])
+        ends[path[-1]].setdefault(production, []).append(place)
+        for at in range(len(symbols) - 1, -1, -1):
+            if symbols[at] < 0:
+                break
+            feeds[place].append(number[path[at], symbols[at]])
+            if not self.sets.empty[symbols[at]]:
+                break
+
+
+def _spread(bits: list[int], feeds: list[list[int]]) -> None:
+    """Add each entry of `bits` to those that it feeds, until nothing changes."""
+    queue = list(range(len(bits)))
+    while queue:
+        place = queue.pop()
+        for other in feeds[place]:
+            if bits[place] & ~bits[other]:
+                bits[other] |= bits[place]
+                queue.append(other)
+
+
+def _union(bits: list[int], places: list[int]) -> int:
+    found = 0
+    for place in places:
+        found |= bits[place]
+    return found
+
+
+class _Canonical(_Builder):
+    """Canonical LR(1): states differ in their lookaheads too."""
+
+    def __init__(self, grammar: Grammar, sets: _Sets):
+        super().__init__(grammar, sets)
+        self.closures: list[dict[Item, int]] = []
+        numbers: dict[frozenset[tuple[Item, int]], int] = {}
+        queue: list[dict[Item, int]] = []
+
+        def place(kernel: dict[Item, int]) -> int:
+            name = frozenset(kernel.items())
+            if name not in numbers:
+                numbers[name] = self.new_state()
+                queue.append(kernel)
+            return numbers[name]
+
+        place({(0, 0): 1})
+        for state, kernel in enumerate(queue):
+            self.closures.append(self._closure(kernel))
+            for symbol, after in self._successors(self.closures[-1]).items():
+                self.moves[state][symbol] = place(after)
+
+    def _closure(self, kernel: dict[Item, int]) -> dict[Item, int]:
+        """All items of a state with the terminals that may follow each."""
+        items = dict(kernel)
+        queue = list(items)
+        while queue:
+            self.count(1)
+            production, at = item = queue.pop()
+            symbols = self.grammar.productions[production].symbols
+            if at == len(symbols) or symbols[at] < 0:
+                continue
+            ahead, empty = self.sets.of(symbols[at + 1 :])
+            if empty:
+                ahead |= items[item]
+            for new in self.sets.by_rule[symbols[at]]:
+                known = items.get((new, 0))
+                if known is None or ahead & ~known:
+                    items[new, 0] = ahead | (known or 0)
+                    queue.append((new, 0))
+        return items
+
+    def _successors(self, closure: dict[Item, int]) -> dict[int, dict[Item, int]]:
+        found: dict[int, dict[Item, int]] = {}
+        for (production, at), ahead in closure.items():
+            symbols = self.grammar.productions[production].symbols
+            if at < len(symbols):
+                found.setdefault(symbols[at], {})[production, at + 1] = ahead
+        return found
+
+    def tables(self) -> Tables:
+        symbols = [production.symbols for production in self.grammar.productions]
+        reductions = [
+            [(number, ahead) for (number, at), ahead in closure.items() if at == len(symbols[number])]
+            for closure in self.closures
+        ]
+        return self.enter(reductions)[0]
 
 
 def _terminals(bits: int) -> list[int]:
