@@ -8,10 +8,12 @@ from .backends import (
     LocalChildRLMBackend,
     RecursiveBackend,
 )
+from .budget import TokenBudget, TokenBudgetExceeded
 from .calltree import CallNode
 from .chat import ChatFn, Reply, Usage
 from .controller import RecursiveController, create_server_recursive_controller
 from .environment import REPLEnvironment
+from .in_engine import EngineBackend, EngineCallError, EngineChat, ServerEngine
 from .local import LocalREPLEnv
 from .models import (
     CodeBlockResult,
@@ -23,6 +25,7 @@ from .models import (
 )
 from .prompts import (
     RLM_SYSTEM_PROMPT,
+    RLM_SYSTEM_PROMPT_ENGINE,
     RLM_SYSTEM_PROMPT_QWEN,
     QueryMetadata,
     build_initial_prompt,
@@ -47,6 +50,7 @@ from .tree_view import live_tree, render_tree
 
 __all__ = [
     "RLM_SYSTEM_PROMPT",
+    "RLM_SYSTEM_PROMPT_ENGINE",
     "RLM_SYSTEM_PROMPT_QWEN",
     "AsyncChildRLMBackend",
     "BackendLimits",
@@ -57,6 +61,9 @@ __all__ = [
     "CodeExecutionRubric",
     "CustomMetricRubric",
     "DirectLMBackend",
+    "EngineBackend",
+    "EngineCallError",
+    "EngineChat",
     "EnvironmentMetadata",
     "ExactMatchRubric",
     "FuzzyMatchRubric",
@@ -77,7 +84,10 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "SandboxLimits",
+    "ServerEngine",
     "StepResult",
+    "TokenBudget",
+    "TokenBudgetExceeded",
     "Usage",
     "build_initial_prompt",
     "build_rlm_system_prompt",

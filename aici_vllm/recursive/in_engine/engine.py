@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     async def token_ids(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that the template wrote."""
+        """The tokens of a head of the frame; there are two heads, so they are remembered."""
         ...
 
     async def send(self, call: EngineCall) -> EngineAnswer:

@@ -11,6 +11,9 @@ Message = dict[str, str]
 Piece = tuple[str, bool]
 """Text, and whether it is data: in data no special token is recognised."""
 
+SAME_ROLE = "\n\n"
+"""Between two messages of one role, which are written as one: many templates know no other way."""
+
 SYSTEM, USER, ASSISTANT, SECOND = "Sentinelsystem", "Sentineluser", "Sentinelassistant", "Sentinelsecond"
 
 
@@ -56,6 +59,8 @@ class ChatFrame:
         return [*pieces, (self._between(role, "assistant"), False)]
 
     def _between(self, first: str, second: str) -> str:
+        if first == second:
+            return SAME_ROLE
         try:
             return self.between[first, second]
         except KeyError:

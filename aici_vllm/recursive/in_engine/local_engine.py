@@ -24,6 +24,7 @@ class _LocalEngine:
         self._engine = engine
         self._template = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
         self._frame: ChatFrame | None = None
+        self._heads: dict[str, tuple[int, ...]] = {}
         self.context = int(engine.model_config.max_model_len)
 
     async def frame(self) -> ChatFrame:
@@ -32,7 +33,10 @@ class _LocalEngine:
         return self._frame
 
     async def token_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._engine.renderer.get_tokenizer().encode(text, add_special_tokens=False))
+        if text not in self._heads:
+            tokens = self._engine.renderer.get_tokenizer().encode(text, add_special_tokens=False)
+            self._heads[text] = tuple(tokens)
+        return self._heads[text]
 
     async def aclose(self) -> None:
         """The engine is the caller's, and stays."""

@@ -43,6 +43,7 @@ class ServerEngine:
         self._http: httpx.AsyncClient | None = None
         self._gate = asyncio.Semaphore(open_requests)
         self._frame: asyncio.Task[ChatFrame] | None = None
+        self._heads: dict[str, tuple[int, ...]] = {}
 
     async def frame(self) -> ChatFrame:
         if self._frame is None:
@@ -50,8 +51,10 @@ class ServerEngine:
         return await asyncio.shield(self._frame)
 
     async def token_ids(self, text: str) -> tuple[int, ...]:
-        body = {"prompt": text, "add_special_tokens": False}
-        return tuple((await self._post("/tokenize", body))["tokens"])
+        if text not in self._heads:
+            body = {"prompt": text, "add_special_tokens": False}
+            self._heads[text] = tuple((await self._post("/tokenize", body))["tokens"])
+        return self._heads[text]
 
     async def send(self, call: EngineCall) -> EngineAnswer:
         from aici_vllm.offline import ControllerResult
