@@ -3,7 +3,7 @@
     python examples/agents/branches.py [--model FOLDER_OR_NAME]
 
 Without a model the embedded one plays. Each round of samples is one request whose branches share the prompt,
-and a branch ends as soon as its second word begins.
+a retry goes on from the branch that the engine kept, and a branch ends as soon as its second word begins.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def one_word(text: str) -> bool:
 def ask(llm: LLM) -> AICall:
     """Ask for a colour, and retry until the answer is one word."""
     check = PrefixChecked(lambda call: one_word(last_output(call)), one_word)
-    call = AIGenerate(
-        "Name a colour.",
-        config=RetryConfig(n_samples=4, max_retries=5),
-        api_kwargs={"max_tokens": 40, "seed": 1},
-        sampler=EngineSampler(llm, condition=check),
-    )
-    return airetry(check, run(call), "Answer with one word only.")
+    with EngineSampler(llm, condition=check) as sampler:
+        call = AIGenerate(
+            "Name a colour.",
+            config=RetryConfig(n_samples=4, max_retries=5),
+            api_kwargs={"max_tokens": 40, "seed": 1},
+            sampler=sampler,
+        )
+        return airetry(check, run(call), "Answer with one word only.")
 
 
 def main() -> None:

@@ -40,16 +40,12 @@ from aici_vllm.agents import (
     run,
     run_async,
 )
+from aici_vllm.agents.branches.kept import Kept
+from aici_vllm.agents.branches.program import nothing
 from tests.engine.conftest import ENGINE_ARGS, ENVIRONMENT, Engines
 from tests.engine.regimes import REGIMES
 
-BLOCK = 128
-"""Tokens in a block of the CPU backend: the prefix cache holds whole ones."""
-
 QUESTION = "Name a colour. Answer with one word."
-LONG_QUESTION = (
-    "Here is a list of words. " + "red green blue black white yellow " * 30 + "Which do you like best?"
-)
 
 
 @pytest.fixture
@@ -228,15 +224,38 @@ def test_a_round_computes_its_prompt_once(llm: LLM) -> None:
     with steps_of(llm) as steps:
         run(call, api_kwargs={"max_tokens": 4, "min_tokens": 4})
     prompt, _ = reply_of(call.samples.children[0]).tokens or (0, 0)
-    assert steps == [[prompt], [1] * 5, [1] * 5, [1] * 5, [1] * 5]
+    # The first branch computes the prompt, and so is a token ahead of those that share it.
+    assert steps == [[prompt], [1] * 5, [1] * 5, [1] * 5, [1] * 4]
     assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
-def test_a_retry_computes_what_no_whole_block_holds(llm: LLM) -> None:
-    """Whole blocks of the chosen sample come from the prefix cache: its prompt, its reply, all of it."""
+def computed(steps: list[list[int]]) -> int:
+    return sum(sum(rows) for rows in steps)
+
+
+def fewest_tokens(call: AICall) -> int:
+    """What a search must compute if each node's samples are of one round.
+
+    That is a round's prompt as far as its node does not have it, its last token once more for each further
+    branch, and every sampled token but the last of a reply.
+    """
+    total = 0
+    for node in pre_order(call.samples):
+        sizes = [reply_of(child).tokens or (0, 0) for child in node.children]
+        held = (1, 0) if node is call.samples else reply_of(node).tokens or (0, 0)
+        total += sizes[0][0] - sum(held) + 1 if sizes else 0
+        total += sum(sampled for _, sampled in sizes) - min(1, len(sizes))
+    return total
+
+
+def test_a_retry_computes_what_is_new(llm: LLM) -> None:
+    """Not the prompt, not the reply that it goes on from, and the feedback once for all samples."""
     llm.reset_prefix_cache()
-    call = AIGenerate(LONG_QUESTION, config=greedy(n_samples=2), sampler=EngineSampler(llm))
-    run(call, api_kwargs={"max_tokens": 40, "min_tokens": 40})
+    sampler = EngineSampler(llm)
+    call = AIGenerate(QUESTION, config=greedy(n_samples=3), sampler=sampler)
+    with steps_of(llm) as first:
+        run(call, api_kwargs={"max_tokens": 10, "min_tokens": 10})
+    assert sampler.usage.computed_tokens == computed(first)
     with steps_of(llm) as steps:
         airetry(lambda x: False, call, "No.", max_retries=1)
     chosen = next(node for node in call.samples.children if node.children)
@@ -244,28 +263,68 @@ def test_a_retry_computes_what_no_whole_block_holds(llm: LLM) -> None:
     assert sequence is not None
     held = len(sequence.prompt_ids) + len(sequence.reply_ids) - 1  # The last token was sampled, not computed.
     prompt, _ = reply_of(chosen.children[0]).tokens or (0, 0)
-    assert held > BLOCK
-    assert steps[0] == [prompt - held // BLOCK * BLOCK]
-    assert steps[1] == [1, 1]
+    assert steps[:2] == [[prompt - held], [1, 1, 1]]
+    assert {row for rows in steps[1:] for row in rows} == {1}
+    assert sampler.usage.computed_tokens == computed(first) + computed(steps)
+    assert computed(first) + computed(steps) - sampler.usage.discarded_rows == fewest_tokens(call)
+    assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
-def test_samples_over_the_limit_become_several_requests(llm: LLM) -> None:
+def test_samples_over_the_limit_share_their_prompt_too(llm: LLM) -> None:
     llm.reset_prefix_cache()
     call = AIGenerate(QUESTION, config=greedy(n_samples=5), api_kwargs={"max_tokens": 3})
     with steps_of(llm) as steps:
         run(call, sampler=EngineSampler(llm, max_branches=2))
     prompt, _ = reply_of(call.samples.children[0]).tokens or (0, 0)
-    assert sum(row > 1 for rows in steps for row in rows) == 3
-    assert [row for rows in steps for row in rows if row > 1] == [prompt] * 3
+    assert [row for rows in steps for row in rows if row > 1] == [prompt]
     assert len({reply_of(node).content for node in call.samples.children}) == 1
     assert len(call.samples.children) == 5
     with pytest.raises(ValueError, match="at least 1"):
         EngineSampler(llm, max_branches=0)
 
 
+def missing(llm: LLM, name: str) -> bool:
+    """Whether the engine has no such checkpoint."""
+    (result,) = aici_vllm.run(llm, nothing, [""], from_checkpoint=name)
+    return "there is no checkpoint" in (result.branches[0].error or "")
+
+
+def test_a_retry_goes_on_without_its_checkpoint(llm: LLM) -> None:
+    def play(lose: Callable[[AICall], None], **where: Any) -> AICall:
+        config = greedy(n_samples=2, max_retries=2)
+        call = run(AIGenerate(QUESTION, config=config, api_kwargs={"max_tokens": 6}, **where))
+        lose(call)
+        return airetry(lambda x: False, call, lambda x: f"No: {last_output(x)}")
+
+    def drop(call: AICall) -> None:
+        kept = kept_of(call)
+        (forgotten,) = aici_vllm.run(llm, nothing, [""], from_checkpoint=kept.name)
+        assert forgotten.branches[0].error is None
+        params = aici_vllm.request_params(nothing, drop_checkpoints=kept.search.name)
+        llm.generate([{"prompt_token_ids": []}], params, use_tqdm=False)
+        assert missing(llm, kept.name)
+
+    sampler = EngineSampler(llm)
+    client = play(lambda call: None, model=VLLMModel(llm))
+    assert tree(play(drop, sampler=sampler)) == tree(client)
+    assert tree(play(lambda call: sampler.close(), sampler=sampler)) == tree(client)
+    with sampler:
+        kept = kept_of(play(lambda call: None, sampler=sampler))
+        assert not missing(llm, kept.name)
+    assert missing(llm, kept.name)
+
+
+def kept_of(call: AICall) -> Kept:
+    """Where the engine keeps the first reply."""
+    sequence = reply_of(call.samples.children[0]).sequence
+    assert sequence is not None and sequence.kept is not None
+    return sequence.kept
+
+
 def test_a_retry_continues_from_the_tokens_of_its_sample(llm: LLM) -> None:
     tokenizer = llm.get_tokenizer()
-    api_kwargs = {"max_tokens": 24, "seed": 5, "temperature": 1.6}
+    # Hot enough that neighbouring tokens are hardly ever those that the tokenizer would choose.
+    api_kwargs = {"max_tokens": 60, "seed": 5, "temperature": 2.0}
     call = AIGenerate("Tell me of Zürich 🦊.", config=RetryConfig(n_samples=5), api_kwargs=api_kwargs)
     run(call, sampler=EngineSampler(llm))
     airetry(lambda x: False, call, "Longer.", max_retries=1, sampler=EngineSampler(llm))
@@ -410,7 +469,10 @@ def test_the_asynchronous_engine(engine: Engines, llm: LLM) -> None:
         try:
             model, sampler = AsyncVLLMModel(asynchronous), AsyncEngineSampler(asynchronous)
             assert tree(await play(AIGenerate(model, QUESTION, **play_kwargs()))) == tree(client)
-            assert tree(await play(AIGenerate(QUESTION, sampler=sampler, **play_kwargs()))) == tree(client)
+            call = await play(AIGenerate(QUESTION, sampler=sampler, **play_kwargs()))
+            assert tree(call) == tree(client)
+            assert sampler.usage.computed_tokens - sampler.usage.discarded_rows == fewest_tokens(call)
+            await sampler.close()
             await cancelled(asynchronous, AIGenerate(model, QUESTION))
             await cancelled(asynchronous, AIGenerate(QUESTION, sampler=sampler))
             with pytest.raises(ModelCallError, match="maximum context length"):
