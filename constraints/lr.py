@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from constraints.errors import ConstraintError
 from constraints.yacc_grammar import Grammar, Production
@@ -38,6 +39,16 @@ class Tables:
     productions: list[Production]
     ambiguous: bool = False
     """Whether a conflict was decided by yacc's order of preference: some texts are then lost."""
+
+    @cached_property
+    def shifts(self) -> list[int]:
+        """The terminals that each state shifts, as bits."""
+        return [sum(1 << terminal for terminal in found) for found in self.shift]
+
+    @cached_property
+    def reduces(self) -> list[int]:
+        """The terminals on which each state reduces, as bits."""
+        return [sum(1 << terminal for terminal in found if terminal >= 0) for found in self.reduce]
 
 
 class _Sets:

@@ -42,16 +42,28 @@ class Reading:
     def top(self) -> Overlay:
         return len(self.stack), ()
 
+    def state(self, at: Overlay) -> int:
+        """The state on top."""
+        base, extra = at
+        if extra:
+            return extra[-1]
+        self.lowest = min(self.lowest, base - 1)
+        return self.stack[base - 1]
+
+    def takes(self, at: Overlay, terminals: int) -> bool:
+        """Whether the parser takes any of `terminals`, a bit set."""
+        state = self.state(at)
+        if terminals & self.tables.shifts[state]:
+            return True
+        # What it would neither shift nor reduce on is refused; a reduction has to be tried.
+        return any(self.shift(at, t) is not None for t in _bits(terminals & self.tables.reduces[state]))
+
     def shift(self, at: Overlay, terminal: int) -> Overlay | None:
         """The stack after `terminal`, None when the parser refuses it."""
         base, extra = at
         tables = self.tables
         for _ in range(MAX_REDUCTIONS):
-            if extra:
-                state = extra[-1]
-            else:
-                self.lowest = min(self.lowest, base - 1)
-                state = self.stack[base - 1]
+            state = self.state((base, extra))
             after = tables.shift[state].get(terminal)
             if after is not None:
                 return base, (*extra, after)
@@ -279,7 +291,7 @@ class YaccMachine(Machine[State]):
         reachable = self.lexer.reachable[lexer_state]
         if reachable & self.lexemes.skipped:
             return True
-        return any(reading.shift(at, terminal) is not None for terminal in _bits(reachable))
+        return reading.takes(at, reachable)
 
     def accepts(self, state: State) -> bool:
         stack, at = state
@@ -353,13 +365,10 @@ class YaccMachine(Machine[State]):
         reachable = self.lexer.reachable[lexer_state]
         if reachable & self.lexemes.skipped:
             return True
-        for terminal in _bits(reachable):
-            verdict = verdicts.get((node, terminal))
-            if verdict is None:
-                verdict = verdicts[node, terminal] = reading.shift(at, terminal) is not None
-            if verdict:
-                return True
-        return False
+        verdict = verdicts.get((node, reachable))
+        if verdict is None:
+            verdict = verdicts[node, reachable] = reading.takes(at, reachable)
+        return verdict
 
     def _after(self, reading: Reading, after: dict[int, Overlay | None], node: int) -> Overlay | None:
         """The stack after the terminals of `node`."""
