@@ -1,0 +1,44 @@
+"""What the simulator has found, each as the shortest story that shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulator.schedules import Simulation
+from tests.simulator.settings import Settings
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2]
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_parked_branches_need_no_slot_of_the_runner(v2: bool) -> None:
+    waits = [["fork", [[None, [["gen", None, 9, None, "v0", None]]], [None, [["wait", ["v0"]]]]]]]
+    simulation = Simulation(Settings(v2=v2, most_running=1))
+    for _ in range(3):
+        simulation.engine.add_controlled([["gen", None, 2, None, None, None], *waits], PROMPT, 50)
+    simulation.finish()
+
+
+def test_choices_without_a_branch_are_told_of_an_abort() -> None:
+    simulation = Simulation(Settings())
+    job = simulation.engine.add_controlled([["gen", None, 9, None, None, None]], PROMPT, 50, choices=3)
+    simulation.step()
+    simulation.engine.abort_all()
+    simulation.finish()
+    assert job.closed == {"0_r0", "1_r0", "2_r0"}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_prefix_cache_can_be_reset_right_after_a_fork(asynchronous: bool) -> None:
+    generates = ["gen", None, 6, None, None, None]
+    program = [generates, ["fork", [[None, [generates]], [None, [generates]]]]]
+    simulation = Simulation(Settings(asynchronous=asynchronous))
+    simulation.engine.add_controlled(program, PROMPT, 50)
+    for _ in range(40):
+        forked = len(simulation.engine.scheduler.requests) > 1
+        simulation.step()
+        if len(simulation.engine.scheduler.requests) > 1 and not forked:
+            simulation.engine.reset_prefix_cache(running_too=True)
+            break
+    simulation.finish()
+    assert simulation.engine.resets == 1
