@@ -75,6 +75,13 @@ class Constraint:
         """The tokens that must come next, as the model's tokenizer writes them; [] when there is a choice."""
         return []
 
+    def has_choice(self) -> bool:
+        """Whether neither the end nor a token is forced here, as far as that is known at no cost.
+
+        False promises nothing: `eos_forced` and `forced_tokens` tell.
+        """
+        return False
+
     def state_key(self) -> Hashable | None:
         """Constraints with equal keys have equal masks; `None` says that the mask cannot be shared."""
         return None
@@ -115,6 +122,9 @@ class Constraint:
 
 class AnyText(Constraint):
     """Any text, sharing one mask."""
+
+    def has_choice(self) -> bool:
+        return True
 
     def state_key(self) -> Hashable:
         return ("any text", self.known_vocabulary().key)

@@ -42,6 +42,8 @@ class Machine(ABC, Generic[State]):
         self.steps: dict[State, dict[int, State]] = {}
         """The states that tokens are known to lead to."""
         self._num_steps = 0
+        self.choices: dict[State, bool] = {}
+        """Whether neither the end nor a byte is forced in a state, where that was asked."""
         self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}
 
@@ -97,6 +99,16 @@ class Machine(ABC, Generic[State]):
             known = self._following[state] = self.next_bytes(state)
         return known
 
+    def has_choice(self, state: State) -> bool:
+        """Whether neither the end nor a byte is forced in `state`, remembered."""
+        known = self.choices.get(state)
+        if known is None:
+            if len(self.choices) >= MAX_STEPS:
+                self.choices.clear()
+            follow = self.following(state)
+            known = self.choices[state] = len(follow) > 1 or (len(follow) == 1 and self.accepts(state))
+        return known
+
     def num_states(self) -> int:
         """How many states it remembers: its memory."""
         return 0
@@ -104,6 +116,7 @@ class Machine(ABC, Generic[State]):
     def forget(self) -> None:
         """Drop what is remembered of states and tokens, because it changed."""
         self.steps.clear()
+        self.choices.clear()
         self._following.clear()
         self._runs.clear()
 
@@ -142,6 +155,7 @@ class MachineConstraint(Constraint, Generic[State]):
         super().__init__(machine.vocabulary)
         self.machine = machine
         self._steps = machine.steps
+        self._choices = machine.choices
         self._state = machine.start
         self._tokens: list[int] = []
         self._states: list[State] = [machine.start]
@@ -174,6 +188,10 @@ class MachineConstraint(Constraint, Generic[State]):
         if after is None:
             raise self._refusal(token)
         return after
+
+    def has_choice(self) -> bool:
+        known = self._choices.get(self._state)
+        return self.machine.has_choice(self._state) if known is None else known
 
     def forced_tokens(self) -> list[int]:
         return self.machine.forced_run(self._state, self._tokens)

@@ -68,7 +68,7 @@ class Branch:
     def settled(self) -> int:
         """How many tokens nothing can take back any more: these may be streamed."""
         if self.next is Next.END or not self.may_take_back:
-            return len(self.sequence)
+            return len(self.sequence.tokens)
         return self.sequence.settled()
 
     def mark(self) -> int:
@@ -86,16 +86,18 @@ class Branch:
     def accept(self, token: int) -> bool:
         """Take a sampled token. True when the branch just samples on and has nothing to splice."""
         self.sequence.add_sampled(token)
-        assert self.sampling is not None
+        sampling = self.sampling
+        assert sampling is not None
         try:
-            self.sampling.accept(token)
-            forced = self.sampling.take_forced()
+            if sampling.accept(token):
+                return not self._ends_here()
+            forced = sampling.take_forced()
         except Exception as error:
             # The constraint may be the user's own class: its error is the script's, at its await.
             if self._raise(error):
                 self.advance()
             return False
-        if not forced and not self.sampling.finished:
+        if not forced and not sampling.finished:
             return not self._ends_here()
         if self._splice_forced(forced):
             self.advance()
@@ -318,8 +320,8 @@ class Branch:
 
     def _ends_here(self) -> bool:
         """End the branch if no token may follow."""
-        used = len(self.sequence) - self.sequence.prompt_len
-        if used >= self.group.max_tokens or len(self.sequence) >= self.group.context:
+        length, group = len(self.sequence.tokens), self.group
+        if length - self.sequence.prompt_len >= group.max_tokens or length >= group.context:
             self.end("length")
             return True
         return False

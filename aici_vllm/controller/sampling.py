@@ -35,8 +35,11 @@ class Sampling(Protocol):
     def mask_row(self) -> Row:
         """The mask. Never empty."""
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> bool:
         """Take a sampled token.
+
+        Returns:
+            True when another must be sampled, so that neither `finished` nor `take_forced` need be asked.
 
         Raises:
             Exception: the constraint failed; if it is one of ours, a ConstraintError.
@@ -56,6 +59,8 @@ class Generation:
         "_constraint",
         "_eos",
         "_error",
+        "_min_tokens",
+        "_goes_on_below",
         "_tail",
         "_vocabulary",
         "dead_end",
@@ -70,6 +75,9 @@ class Generation:
         self._vocabulary = vocabulary
         self._error: Exception | None = None
         self._eos = frozenset(vocabulary.eos_token_ids)
+        self._min_tokens = request.min_tokens
+        # Up to here only the constraint can end it. With a text to stop at, every token may be the last one.
+        self._goes_on_below = request.max_tokens if request.stop_at is None else 0
         self._tail = b""
         self.tokens: list[int] = []
         self.dead_end = False
@@ -84,20 +92,22 @@ class Generation:
     def top_p(self) -> float | None:
         return self.request.top_p
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> bool:
         if self._error is not None:
             raise self._error
-        self.tokens.append(token)
+        tokens, constraint = self.tokens, self._constraint
+        tokens.append(token)
         if token in self._eos:
             self.finished = True
-            self.dead_end = not self._constraint.eos_allowed()
-            return
-        self._constraint.append_token(token)
+            self.dead_end = not constraint.eos_allowed()
+            return False
+        constraint.append_token(token)
+        if len(tokens) < self._goes_on_below and constraint.has_choice():
+            return True
         self.finished = (
-            len(self.tokens) >= self.request.max_tokens
-            or self._reached_stop(token)
-            or self._constraint.eos_forced()
+            len(tokens) >= self.request.max_tokens or self._reached_stop(token) or constraint.eos_forced()
         )
+        return False
 
     def take_forced(self) -> list[int]:
         run: list[int] = []
@@ -115,7 +125,7 @@ class Generation:
         except Exception as error:
             self._error = error
             return None
-        if key is None or not self._must_go_on():
+        if key is None or len(self.tokens) >= self._min_tokens:
             return key
         return (key, "no eos")
 
@@ -127,15 +137,12 @@ class Generation:
             # fails when its token arrives.
             self._error = error
             return self._vocabulary.eos_row
-        if self._must_go_on():
+        if len(self.tokens) < self._min_tokens:
             without_eos = row & ~self._vocabulary.eos_row
             if without_eos.any():
                 return without_eos
         # A dead end must still sample something: the end is the only honest token.
         return row if row.any() else self._vocabulary.eos_row
-
-    def _must_go_on(self) -> bool:
-        return len(self.tokens) < self.request.min_tokens
 
     def _reached_stop(self, token: int) -> bool:
         stop = self.request.stop_at
@@ -166,9 +173,10 @@ class MaskedToken:
     def mask_row(self) -> Row:
         return self._mask
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> bool:
         self.token = token
         self.finished = True
+        return False
 
     def take_forced(self) -> list[int]:
         return []

@@ -12,6 +12,9 @@ class Origin(enum.IntEnum):
     SPLICED = 2
 
 
+_SAMPLED = int(Origin.SAMPLED)
+
+
 class Sequence:
     """Tokens that grow at the end and can be taken back.
 
@@ -36,10 +39,11 @@ class Sequence:
 
     def add_sampled(self, token: int) -> None:
         """Append a token that the engine sampled and therefore already holds."""
-        self.tokens.append(token)
-        self.origins.append(Origin.SAMPLED)
+        tokens = self.tokens
+        tokens.append(token)
+        self.origins.append(_SAMPLED)
         self.sampled += 1
-        self.kept = len(self.tokens)
+        self.kept = len(tokens)
         if self._changes is not None:
             self._note("sampled", [token])
 
@@ -82,7 +86,7 @@ class Sequence:
 
     def settled(self) -> int:
         """How many tokens no live mark can take back."""
-        return min(self._marks.values(), default=len(self.tokens))
+        return min(self._marks.values()) if self._marks else len(self.tokens)
 
     def copy(self) -> "Sequence":
         """The same tokens and marks, on their own from here on; it counts its own tokens only."""
