@@ -34,7 +34,7 @@ SCHEMAS: dict[str, Any] = {
     "told apart at the start": {"anyOf": [{"type": "object", **kind} for kind in KINDS]},
     "told apart at the end": {"anyOf": EITHER},
     "escapes": {"type": "object", "properties": {"é": {"enum": ["a\"b", "a\\", "\u0001"]}}},
-    "tuple": {"type": "array", "prefixItems": [{"type": "null"}, {"type": "string"}], "items": {"const": True}},
+    "tuple": {"type": "array", "prefixItems": [{"type": "null"}, {"type": "string"}], "items": False},
     "short tuple": {"type": "array", "prefixItems": [{"const": 1}, True], "minItems": 1, "maxItems": 1},
     "many": {"type": "array", "items": {"maxLength": 3, "type": "string"}, "minItems": 2, "maxItems": 4},
     "any of any": {"anyOf": [{"type": ["string", "number"], "minimum": 3}, {"type": ["array", "object"]}]},
