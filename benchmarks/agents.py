@@ -3,9 +3,10 @@
 Each way plays the same search on the embedded model, with prefix caching on: rounds of samples, each followed
 by a check that fails and by feedback. The ways are: one request per sample, one after the other; one request
 with `n` per round; branches; and branches whose condition is checked while they write. All but the second
-are greedy, for which vLLM takes no `n`.
+are greedy, for which vLLM takes no `n`. The prefix cache holds whole blocks, so their size matters: a CPU's
+default is 128 tokens, GPUs mostly have 16.
 
-    python benchmarks/agents.py [--rounds 2] [--samples 4] [--retries 2] [--json FILE]
+    python benchmarks/agents.py [--rounds 2] [--samples 4] [--retries 2] [--block-size N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-# This folder holds a program called constraints.py, which must not pass for the package.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # Counting happens in the engine's workers, and functions travel there only with this.
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -55,6 +53,8 @@ class Cost:
         steps: forward passes of the engine.
         prefilled_tokens: tokens computed that were not just sampled: prompts as far as no KV was there.
         sampled_tokens: of the replies.
+        as_told: whether the requests tell of as many computed tokens as the workers counted; None for
+            requests that do not tell.
     """
 
     samples: int
@@ -63,6 +63,7 @@ class Cost:
     prefilled_tokens: int
     sampled_tokens: int
     seconds: float
+    as_told: bool | None
 
 
 def main() -> int:
@@ -70,11 +71,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="times every way is measured")
     parser.add_argument("--samples", type=int, default=4, help="samples in a round")
     parser.add_argument("--retries", type=int, default=2)
+    parser.add_argument("--block-size", type=int, help="tokens in a block of KV; by default vLLM's choice")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console = Console()
     console.width = max(console.width, 110)
-    llm = engine()
+    llm = engine(arguments.block_size)
     ways = ways_of(llm)
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     trees = {}
@@ -91,7 +93,7 @@ def main() -> int:
     return 0
 
 
-def engine() -> Any:
+def engine(block_size: int | None) -> Any:
     """The embedded model in a vLLM that runs controllers."""
     from vllm import LLM
 
@@ -103,6 +105,7 @@ def engine() -> Any:
         enforce_eager=True,
         max_model_len=4096,
         enable_prefix_caching=True,
+        **({} if block_size is None else {"block_size": block_size}),
         **aici_vllm.engine_args(),
     )
 
@@ -112,8 +115,8 @@ def in_capitals(text: str) -> bool:
     return text == text.upper()
 
 
-def ways_of(llm: Any) -> dict[str, Callable[[Any], Any]]:
-    """Name → the search, given its config."""
+def ways_of(llm: Any) -> dict[str, Callable[[Any], tuple[Any, int | None]]]:
+    """Name → the search, given its config; it gives the call, and the computed tokens if requests tell."""
     from aici_vllm.agents import (
         AIGenerate,
         EngineSampler,
@@ -127,30 +130,33 @@ def ways_of(llm: Any) -> dict[str, Callable[[Any], Any]]:
     def condition(call: Any) -> bool:
         return in_capitals(last_output(call))
 
-    def search(config: Any, check: Any, **where: Any) -> Any:
+    def search(config: Any, check: Any, sampling: dict[str, Any], **where: Any) -> Any:
         question = QUESTION.format(notes=NOTES)
         # All replies have one length, so that no way gains by luck; a check may end them earlier.
-        sampling = {"max_tokens": REPLY_TOKENS, "min_tokens": REPLY_TOKENS, **where.pop("sampling", {})}
+        sampling = {"max_tokens": REPLY_TOKENS, "min_tokens": REPLY_TOKENS, **sampling}
         call = run(AIGenerate(question, config=config, api_kwargs=sampling, **where))
         return airetry(check, call, FEEDBACK)
 
+    def requests(config: Any, **sampling: Any) -> tuple[Any, None]:
+        return search(config, condition, sampling, model=VLLMModel(llm)), None
+
+    def branches(config: Any, check: Any, early: Any = None) -> tuple[Any, int]:
+        with EngineSampler(llm, condition=early) as sampler:
+            call = search(config, check, {}, sampler=sampler)
+        return call, sampler.usage.computed_tokens
+
     checked = PrefixChecked(condition, in_capitals)
     return {
-        "one request per sample": lambda config: search(config, condition, model=VLLMModel(llm)),
-        "one request with n": lambda config: search(
-            config,
-            condition,
-            model=VLLMModel(llm),
-            sampling={"n": config.n_samples, "temperature": 0.01},
-        ),
-        "branches": lambda config: search(config, condition, sampler=EngineSampler(llm)),
-        "branches, prefix checked": lambda config: search(
-            config, checked, sampler=EngineSampler(llm, condition=checked)
-        ),
+        "one request per sample": requests,
+        "one request with n": lambda config: requests(config, n=config.n_samples, temperature=0.01),
+        "branches": lambda config: branches(config, condition),
+        "branches, prefix checked": lambda config: branches(config, checked, checked),
     }
 
 
-def measure(llm: Any, way: Callable[[Any], Any], samples: int, retries: int) -> tuple[Cost, list[Any]]:
+def measure(
+    llm: Any, way: Callable[[Any], tuple[Any, int | None]], samples: int, retries: int
+) -> tuple[Cost, list[Any]]:
     """Play one search from an empty prefix cache; its cost, and its tree."""
     from aici_vllm.agents import AIMessage, RetryConfig, pre_order
 
@@ -158,9 +164,10 @@ def measure(llm: Any, way: Callable[[Any], Any], samples: int, retries: int) -> 
     llm.collective_rpc(start_counting)
     config = RetryConfig(n_samples=samples, max_retries=retries, temperature=0)
     began = time.perf_counter()
-    call = way(config)
+    call, told = way(config)
     seconds = time.perf_counter() - began
-    steps, computed = llm.collective_rpc(stop_counting)[0]
+    steps, counted = llm.collective_rpc(stop_counting)[0]
+    computed = counted if told is None else told
     nodes = list(pre_order(call.samples))[1:]
     replies = [[m for m in node.data if isinstance(m, AIMessage)][-1] for node in nodes]
     sampled = sum(reply.tokens[1] for reply in replies)
@@ -168,7 +175,8 @@ def measure(llm: Any, way: Callable[[Any], Any], samples: int, retries: int) -> 
     prefilled = computed - (sampled - len(replies))
     rounds = 1 + call.config.retries
     tree = [(len(node.children), node.wins, node.visits, node.data[-1].content) for node in nodes]
-    return Cost(len(replies), rounds, steps, prefilled, sampled, seconds), tree
+    as_told = None if told is None else told == counted
+    return Cost(len(replies), rounds, steps, prefilled, sampled, seconds, as_told), tree
 
 
 def start_counting(worker: Any) -> None:
@@ -205,6 +213,8 @@ def show(console: Console, costs: dict[str, list[Cost]], trees: dict[str, list[A
         ]
         table.add_row(name, *(f"{value:g}" for value in medians[:-1]), f"{medians[-1]:.2f}")
     console.print(table)
+    told = {cost.as_told for found in costs.values() for cost in found} - {None}
+    console.print("computed tokens, told and counted:", "equal" if told == {True} else "different")
     same = trees["one request per sample"] == trees["branches"]
     console.print("replies per sample and in branches:", "equal" if same else "different")
     shapes = [[row[:3] for row in tree] for tree in trees.values()]
@@ -214,7 +224,15 @@ def show(console: Console, costs: dict[str, list[Cost]], trees: dict[str, list[A
 
 def machine() -> str:
     """Processor, cores and Python."""
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    names = [line for line in cpu_lines() if line.startswith("model name")]
+    name = names[0].split(":", 1)[1].strip() if names else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def cpu_lines() -> list[str]:
+    """What the kernel says of the processors; nothing where it does not."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":
