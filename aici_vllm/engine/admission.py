@@ -55,6 +55,13 @@ def operator_limits(vllm_config: VllmConfig) -> Limits:
     return Limits.from_config(operator_config(vllm_config).get("limits", {}))
 
 
+def runs_controllers(vllm_config: VllmConfig) -> bool:
+    """Whether the engine was started with this package's scheduler."""
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__module__", "")
+    return str(name).startswith("aici_vllm")
+
+
 def is_controlled(params: Any) -> bool:
     """Whether these sampling parameters carry a controller."""
     return isinstance(params, SamplingParams) and CONTROLLER in (params.extra_args or {})
@@ -116,9 +123,7 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> Any:
 
 
 def _check_flags(vllm_config: VllmConfig) -> None:
-    scheduler = vllm_config.scheduler_config.scheduler_cls
-    name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__module__", "")
-    if not str(name).startswith("aici_vllm"):
+    if not runs_controllers(vllm_config):
         raise BadRequestError(
             "this server does not run controllers: it must be started with "
             "--scheduler-cls aici_vllm.Scheduler --worker-cls aici_vllm.Worker (or with `aici serve`)"

@@ -128,6 +128,34 @@ def keep_merged_lists(key: str) -> None:
     RequestOutput.add = add  # type: ignore[method-assign]
 
 
+MakeStatLogger = Callable[[Any, list[int], Any], Any]
+"""(vllm_config, engine_indexes, vLLM's own Prometheus logger's class) -> a stat logger, or None."""
+
+
+def record_stats_with(make: MakeStatLogger) -> None:
+    """Have every front-end's stat loggers led by the one that `make` gives for its engine, if it does.
+
+    The entry points that vLLM has for stat loggers turn statistics on in every engine that the operator
+    started without, and are not asked for offline engines.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
+
+    original = StatLoggerManager.__init__
+    if hasattr(original, "aici_records"):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        beside = next(logger for logger in self.stat_loggers if isinstance(logger, PrometheusStatLogger))
+        logger = make(vllm_config, self.engine_indexes, type(beside))
+        if logger is not None:
+            self.stat_loggers.insert(0, logger)
+
+    init.aici_records = True  # type: ignore[attr-defined]
+    StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+
+
 def wrap_allocation(manager: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put `wrap` around a KV cache manager's `allocate_slots`: the scheduler asks nobody else for blocks."""
     manager.allocate_slots = wrap(manager.allocate_slots)

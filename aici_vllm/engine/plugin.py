@@ -1,10 +1,12 @@
 """vLLM's general plugin: runs in every process of every vLLM on a machine that has this package."""
 
+from typing import Any
+
 from aici_vllm.engine import compat
 
 
 def register() -> None:
-    """Have requests that carry a controller checked before they run.
+    """Have requests that carry a controller checked before they run, and controllers counted in `/metrics`.
 
     Plain requests pass through untouched, and a vLLM that this package does not know is left alone.
     """
@@ -17,3 +19,14 @@ def register() -> None:
 
         compat.admit_requests_with(admit)
         compat.allow_empty_prompts(lambda body: CONTROLLER in (body.get("vllm_xargs") or {}))
+        compat.record_stats_with(_metrics)
+
+
+def _metrics(vllm_config: Any, engine_indexes: list[int], beside: Any) -> Any:
+    from aici_vllm.engine.admission import runs_controllers
+
+    if not runs_controllers(vllm_config):
+        return None
+    from aici_vllm.engine.metrics import ControllerMetrics
+
+    return ControllerMetrics(vllm_config, engine_indexes, beside)

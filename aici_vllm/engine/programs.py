@@ -11,6 +11,7 @@ from aici_vllm.engine.admission import is_name, load_installed
 
 if TYPE_CHECKING:
     from aici_vllm.controller.sandbox import SandboxPool
+    from aici_vllm.engine.metrics import Counts
 
 
 class Programs:
@@ -37,10 +38,21 @@ class Programs:
             return NativeProgram(controller_from(load_installed(controller)), arg, branch)
         return self._sandboxed(controller, branch)
 
-    def wait(self, seconds: float) -> None:
-        """Give scripts in the sandbox up to `seconds` to end a turn."""
-        if self._sandbox is not None:
-            self._sandbox.wait(seconds)
+    def wait(self, seconds: float) -> bool:
+        """Give scripts in the sandbox up to `seconds` to end a turn; whether one did."""
+        return self._sandbox is not None and self._sandbox.wait(seconds)
+
+    def hold_up(self, seconds: float) -> bool:
+        """Give scripts that others may be held up for up to `seconds`; whether there were any."""
+        return self._sandbox is not None and self._sandbox.hold_up(seconds)
+
+    def count(self, counts: "Counts") -> None:
+        """Fill in what the sandbox has done so far."""
+        if (sandbox := self._sandbox) is not None:
+            counts.sandbox_turns = sandbox.turns
+            counts.sandbox_late_turns = sandbox.late_turns
+            counts.sandbox_restarts = sandbox.restarts
+            counts.sandbox_seconds = sandbox.script_seconds
 
     def close(self) -> None:
         """Stop the sandbox's workers."""

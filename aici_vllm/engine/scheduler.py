@@ -7,6 +7,7 @@ forked, spliced, parked, resumed, or ended (`_settle`).
 """
 
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.utils import remove_all
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -48,13 +50,15 @@ from aici_vllm.engine.masks import Lanes, MaskTable, table_rows
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
 from aici_vllm.engine.sharing import Source, best_source
+from aici_vllm.engine.telemetry import Telemetry
 from aici_vllm.engine.vocabulary import model_vocabulary
 
 require_supported()
 
 SCRIPT_GRACE = 0.0005
-"""Seconds that a step waits for scripts in the sandbox while there is other work."""
+"""Seconds that a step waits for scripts in the sandbox while there is other work, at most."""
 SCRIPT_GRACE_IDLE = 0.005
+"""The same while there is none."""
 
 
 class Scheduler(AsyncScheduler):
@@ -71,6 +75,8 @@ class Scheduler(AsyncScheduler):
         self.limits = operator_limits(self.vllm_config)
         self.vocabulary = model_vocabulary(model_config)
         self.programs = Programs(self.limits)
+        self.telemetry = Telemetry(self.vllm_config, self.log_stats)
+        self._stats: SchedulerStats | None = None
         self.masks = MaskTable(table_rows(self.max_num_running_reqs, self.vocabulary.num_words))
         self.lanes = Lanes()
         self.checkpoints = Checkpoints(self.kv_cache_manager, self.limits.checkpoints)
@@ -134,6 +140,7 @@ class Scheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self._thinking:
             self._hear_from_scripts()
+            self._wait_for_scripts()
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -147,6 +154,8 @@ class Scheduler(AsyncScheduler):
                     member.forward_passes += 1
                     member.computed_tokens += num_tokens
                     waits_for_token |= member.request.num_output_placeholders > 0
+        if self._step_members:
+            self.telemetry.computed(len(self._step_members))
         super()._update_after_schedule(scheduler_output)
         # The mask of a row depends on the token that is still being sampled: let the forward pass run
         # and sample once that token is known. vLLM has this for its own structured outputs.
@@ -172,12 +181,22 @@ class Scheduler(AsyncScheduler):
         for group in unsettled:
             self._settle(group)
         if self._thinking:
-            self._hear_from_scripts()
+            self._hold_up_for_scripts()
         self._outputs += self.live_views.outputs()
         for client_index, output in self._outputs:
             outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.append(output)
         self._outputs.clear()
+        if self._stats is not None:
+            self.telemetry.report(self._stats, self)
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        self._stats = super().make_stats(*args, **kwargs)
+        return self._stats
+
+    def num_live(self) -> tuple[int, int, int]:
+        """Controlled requests, their branches, and requests with a script that computes."""
+        return len(self._groups), len(self._controlled), len(self._thinking)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
@@ -238,7 +257,9 @@ class Scheduler(AsyncScheduler):
 
     def _fork(self, group: ControlledGroup, branch: Branch) -> None:
         parent = group.members[branch.index]
-        for child in group.group.fork(branch):
+        children = group.group.fork(branch)
+        self.telemetry.forked(group, branch.index, [child.index for child in children])
+        for child in children:
             seat = group.seats.pop(child.index, None)
             request = seat or child_request(parent, child, f"{group.root_id}/{child.index}")
             member = self._adopt(group, child, request)
@@ -286,6 +307,8 @@ class Scheduler(AsyncScheduler):
         if not member.parked:
             self._take_out(member)
         request, sequence = member.request, member.branch.sequence
+        if member.must_splice():
+            self.telemetry.spliced(member)
         computed = min(request.num_computed_tokens, sequence.kept, len(sequence) - 1)
         if computed < request.num_computed_tokens:
             request.num_computed_tokens = keep_prefix(self.kv_cache_manager, request, computed)
@@ -312,6 +335,7 @@ class Scheduler(AsyncScheduler):
         """Take the request out of the queues; its KV stays until somebody needs the blocks."""
         if not member.parked:
             self._take_out(member)
+            self.telemetry.parked(member)
 
     def _take_out(self, member: Controlled) -> None:
         """Take the request out of vLLM's queues as it stands, dropping rows of it that are in flight."""
@@ -355,6 +379,7 @@ class Scheduler(AsyncScheduler):
         request.status = status
         self._free_request(request)
         self.lanes.give_back(member.lane)
+        self.telemetry.branch_ended(member)
         del self._controlled[request.request_id]
         gone = status is RequestStatus.FINISHED_ABORTED
         if member.choice and member is not member.group.root and not gone:
@@ -380,6 +405,7 @@ class Scheduler(AsyncScheduler):
             finish_reason=FINISH.get(branch.finish_reason, FinishReason.ABORT),
             stop_reason=branch.error,
             kv_transfer_params=found,
+            trace_headers=request.trace_headers,
         )
         if found is not None and streamed:
             output.stop_reason = json.dumps({RESULTS_KEY: found[RESULTS_KEY]})
@@ -414,6 +440,7 @@ class Scheduler(AsyncScheduler):
         self._unsettled.pop(group, None)
         self._groups.pop(group.root_id, None)
         self.live_views.forget(group)
+        self.telemetry.ended(group)
 
     # Small things.
 
@@ -460,11 +487,32 @@ class Scheduler(AsyncScheduler):
 
     def _hear_from_scripts(self) -> None:
         """Go on with the groups whose scripts have decided."""
-        busy = self.running or self.waiting or self.kv_holding_waiting
-        self.programs.wait(SCRIPT_GRACE if busy else SCRIPT_GRACE_IDLE)
         for group in list(self._thinking):
             if group.group.poll():
                 self._settle(group)
+
+    def _wait_for_scripts(self) -> None:
+        """While there is nothing else to do, wait for scripts; briefly, since requests may come."""
+        deadline = time.monotonic() + SCRIPT_GRACE_IDLE
+        while self._thinking and not self._has_other_work() and (left := deadline - time.monotonic()) > 0:
+            if not self.programs.wait(left):
+                break
+            self._hear_from_scripts()
+
+    def _hold_up_for_scripts(self) -> None:
+        """Give scripts that decide at once the time to be in the next step.
+
+        They take several turns before they need a token: one for each await that needs none.
+        """
+        deadline = time.monotonic() + SCRIPT_GRACE
+        waited = True
+        while self._thinking and waited:
+            left = deadline - time.monotonic()
+            waited = left > 0 and self._has_other_work() and self.programs.hold_up(left)
+            self._hear_from_scripts()
+
+    def _has_other_work(self) -> bool:
+        return bool(self.running or self.waiting or self.kv_holding_waiting)
 
     def _send_settled(self, member: Controlled) -> None:
         if self.live_views.withholds_tokens(member.group):
