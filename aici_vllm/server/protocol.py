@@ -102,11 +102,13 @@ class RunRequest(BaseModel):
         default=None, description="a conversation in place of prompt, written with the model's chat template"
     )
     model: str | None = Field(default=None, description="the server's first model by default")
-    temperature: float | None = Field(default=0.0, description="0, the default, is greedy")
-    top_p: float | None = 1.0
-    top_k: int | None = -1
+    temperature: float | None = Field(default=0.0, ge=0, description="0, the default, is greedy")
+    top_p: float | None = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = Field(default=-1, ge=-1, description="-1 is all tokens; 0 is no number of tokens")
     max_tokens: int | None = Field(
-        default=None, description="of each branch, fixed ones too; by default what the context has room for"
+        default=None,
+        ge=1,
+        description="of each branch, fixed ones too; by default what the context has room for",
     )
     ignore_eos: bool = Field(default=False, description="go on after an end-of-sequence token")
 
@@ -186,3 +188,9 @@ class Run(BaseModel):
         exclude_if=_is_none,
         description="branches, variables and usage, as under `controller` in OpenAI responses",
     )
+
+
+class RunEvent(BaseModel):
+    """One server-sent event: `data` is the JSON text of an event, or `[DONE]` at the end."""
+
+    data: InitialRun | Run | str

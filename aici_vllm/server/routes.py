@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from aici_vllm.server import protocol, runs
 from aici_vllm.server.catalog import Catalog
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE_TYPES = ("text/x-python", "text/plain")
 """Content types of a script; a client that names none is believed to send one."""
+
+
+EVENT_STREAM = "text/event-stream"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,15 @@ def attach(app: FastAPI) -> None:
     """Add the routes to vLLM's server, and its answer to what they refuse."""
     app.include_router(router)
     app.add_exception_handler(ServiceError, _refuse)
+    make_page = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        page = make_page()
+        # FastAPI lists every model as JSON; a run answers with events and nothing else.
+        page["paths"]["/v1/run"]["post"]["responses"]["200"]["content"].pop("application/json", None)
+        return page
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
@@ -62,12 +76,31 @@ def _refusals(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
     return {status.value: {"model": protocol.ErrorAnswer} for status in (*statuses, *always)}
 
 
-router = APIRouter(tags=["controllers"])
+class _Route(APIRoute):
+    """A route whose every refusal has the same shape: FastAPI's own for a broken body has another."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except HTTPException as error:
+                raise ServiceError(HTTPStatus(error.status_code), str(error.detail)) from None
+
+        return handle
+
+
+router = APIRouter(tags=["controllers"], route_class=_Route)
 
 _SOURCE_BODY = {
     "requestBody": {
         "required": True,
-        "content": {"text/x-python": {"schema": {"type": "string", "description": "source of a controller"}}},
+        "content": {
+            "text/x-python": {
+                "schema": {"type": "string", "minLength": 1, "description": "source of a controller"}
+            }
+        },
     }
 }
 
@@ -151,8 +184,8 @@ async def move_tags(body: protocol.MoveTags, request: Request) -> protocol.Tags:
     responses={
         200: {
             "description": "Server-sent events: an InitialRun, a Run for every step, then `[DONE]`",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
-            "model": protocol.Run,
+            "content": {EVENT_STREAM: {"schema": {"$ref": "#/components/schemas/RunEvent"}}},
+            "model": protocol.RunEvent,
         },
         **_refusals(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND),
     },
@@ -162,7 +195,7 @@ async def run(body: protocol.RunRequest, request: Request) -> StreamingResponse:
     service = _service(request)
     prepared = await runs.prepare(service.front, service.catalog, body)
     events: AsyncIterator[str] = runs.stream(service.front, prepared, request.headers)
-    return StreamingResponse(events, media_type="text/event-stream")
+    return StreamingResponse(events, media_type=EVENT_STREAM)
 
 
 def _service(request: Request) -> Service:

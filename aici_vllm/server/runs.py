@@ -117,16 +117,10 @@ def _controller(controller: str, arg: str) -> tuple[str, str]:
 
 def _check_sampling(request: RunRequest) -> None:
     temperature, top_p, top_k = _numbers(request)
-    for wrong, message in {
-        "temperature must be 0 or more": temperature < 0,
-        "top_p must be over 0 and at most 1": not 0 < top_p <= 1,
-        "top_k must be -1, for all tokens, or 1 or more": top_k == 0 or top_k < -1,
-        "max_tokens must be 1 or more": request.max_tokens is not None and request.max_tokens < 1,
-        "top_p and top_k have no meaning at temperature 0: leave them out": temperature == 0
-        and (top_p < 1 or top_k != -1),
-    }.items():
-        if message:
-            raise bad_request(wrong)
+    if top_k == 0:
+        raise bad_request("top_k must be -1, for all tokens, or 1 or more")
+    if temperature == 0 and (top_p < 1 or top_k != -1):
+        raise bad_request("top_p and top_k have no meaning at temperature 0: leave them out")
 
 
 def _numbers(request: RunRequest) -> tuple[float, float, int]:
@@ -138,6 +132,8 @@ def _numbers(request: RunRequest) -> tuple[float, float, int]:
 
 
 def _sampling_params(request: RunRequest, room: int) -> SamplingParams:
+    if room < 1:
+        raise bad_request("the prompt fills the model's context: there is no room for a single token more")
     if request.max_tokens is not None and request.max_tokens > room:
         raise bad_request(f"max_tokens is {request.max_tokens}, and the context has room for {room} tokens")
     temperature, top_p, top_k = _numbers(request)
