@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]
-ChatFn = Callable[..., str]
+ChatFn = Callable[..., str] | Callable[..., Awaitable[str]]
 """`(messages, model) -> str`, or `(messages) -> str`; for `arun` it may be a coroutine function."""
 
 

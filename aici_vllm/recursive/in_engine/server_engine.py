@@ -60,7 +60,8 @@ class ServerEngine:
         from aici_vllm.offline import ControllerResult
 
         body = {
-            "prompt": list(call.prompt),
+            # The server takes no empty list, and makes no tokens of an empty text.
+            "prompt": list(call.prompt) or "",
             "max_tokens": self.context - max(1, len(call.prompt)),
             **dict(call.sampling),
             "vllm_xargs": _extra_args(call),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from aici_vllm.recursive.in_engine.engine import EngineCall
 from aici_vllm.recursive.in_engine.errors import CheckpointGoneError, EngineCallError
-from aici_vllm.recursive.in_engine.local_engine import LLMEngine
+from aici_vllm.recursive.in_engine.local_engine import AsyncLLMEngine, LLMEngine
 from aici_vllm.recursive.in_engine.program import Plan
 from tests.recursive.in_engine.scripted_engine import encode, template
 
@@ -175,3 +176,37 @@ def test_the_frame_is_that_of_the_models_template() -> None:
         assert await engine.token_ids("S:") == tuple(b"S:")
 
     asyncio.run(go())
+
+
+class FakeAsyncLLM(FakeLLM):
+    """What `AsyncLLMEngine` uses of an `AsyncLLM`."""
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+        self.add_request(request_id, prompt, params)
+        try:
+            while not self.may_end.is_set():
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.abort_request([request_id])
+            raise
+        del self.running[request_id]
+        yield SimpleNamespace(kv_transfer_params=self._found())
+
+
+def test_calls_on_an_asynchronous_engine() -> None:
+    llm = FakeAsyncLLM()
+
+    async def go() -> None:
+        engine = AsyncLLMEngine(llm)
+        assert (await engine.send(CALL)).text == "ok"
+        llm.may_end.clear()
+        leaving = asyncio.create_task(engine.send(CALL))
+        while not llm.running:
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        with pytest.raises(EngineCallError, match="the engine refused the call: a bad name"):
+            await engine.send(EngineCall(CALL.plan, checkpoint="bad"))
+
+    asyncio.run(go())
+    assert len(llm.aborted) == 1 and not llm.running
