@@ -20,6 +20,10 @@ class SlowProgram:
         self._pending: tuple[Any, Exception | None] | None = None
         self._looks = 0
 
+    @property
+    def seconds(self) -> float:
+        return self._program.seconds
+
     def resume(self, value: Any = None, error: Exception | None = None) -> None:
         self._seed = mix(self._seed, 7)
         self._looks = self._seed % (self._slowest + 1)
@@ -56,8 +60,16 @@ class SimulatedPrograms:
         native = NativeProgram(lambda: controller(program), arg, branch)
         return SlowProgram(native, self._slowest, len(self.scripts))
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         """Nothing runs elsewhere."""
+        return False
+
+    def hold_up(self, seconds: float) -> bool:
+        """Nothing runs elsewhere."""
+        return False
+
+    def count(self, counts: Any) -> None:
+        """No sandbox, nothing to count."""
 
     def close(self) -> None:
         """Nothing to stop."""
