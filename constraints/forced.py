@@ -38,6 +38,14 @@ def canonical_run(
     return []
 
 
+def is_left_open(vocabulary: Vocabulary, forced: bytes, follow: bytes) -> bool:
+    """Whether one token can spell all of `forced` and a byte of `follow`.
+
+    Then `canonical_run` is [] whatever came before, and need not be asked.
+    """
+    return bool(follow) and forced.isascii() and _first_extendable(vocabulary, forced, follow) == 0
+
+
 def _decoded(text: bytes, closed: bool) -> str | None:
     """`text` as a string; of an open text, without the character that is cut off at its end."""
     for cut in range(1 if closed else 4):

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from constraints.constraint import Constraint
 from constraints.errors import ConstraintError
-from constraints.forced import CONTEXT, canonical_run
+from constraints.forced import CONTEXT, canonical_run, is_left_open
 from constraints.masks import masks, owners
 from constraints.token_set import Row, TokenSet, freeze
 from constraints.vocabulary import Vocabulary
@@ -43,7 +43,7 @@ class Machine(ABC, Generic[State]):
         """The states that tokens are known to lead to."""
         self._num_steps = 0
         self.choices: dict[State, bool] = {}
-        """Whether neither the end nor a byte is forced in a state, where that was asked."""
+        """Whether neither the end nor a token is forced in a state, where that was asked."""
         self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}
 
@@ -100,14 +100,19 @@ class Machine(ABC, Generic[State]):
         return known
 
     def has_choice(self, state: State) -> bool:
-        """Whether neither the end nor a byte is forced in `state`, remembered."""
+        """Whether neither the end nor a token is forced in `state`, whatever led to it. Remembered."""
         known = self.choices.get(state)
         if known is None:
             if len(self.choices) >= MAX_STEPS:
                 self.choices.clear()
-            follow = self.following(state)
-            known = self.choices[state] = len(follow) > 1 or (len(follow) == 1 and self.accepts(state))
+            known = self.choices[state] = self._has_choice(state)
         return known
+
+    def _has_choice(self, state: State) -> bool:
+        follow = self.following(state)
+        if len(follow) == 1 and not self.accepts(state):
+            return is_left_open(self.vocabulary, *self.forced_bytes(state))
+        return bool(follow)
 
     def num_states(self) -> int:
         """How many states it remembers: its memory."""
@@ -122,7 +127,7 @@ class Machine(ABC, Generic[State]):
 
     def forced_run(self, state: State, tokens: list[int]) -> list[int]:
         """The tokens that must follow `state`, which `tokens` led to."""
-        if len(self.following(state)) != 1 or self.accepts(state):
+        if self.has_choice(state) or len(self.following(state)) != 1:
             return []
         key = (state, *tokens[-CONTEXT:])
         run = self._runs.get(key)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
 
 from constraints import Constraint, Vocabulary, json_schema, options, regex, substring, yacc
-from constraints.forced import canonical_run
+from constraints.forced import canonical_run, is_left_open
 
 PERSON = {
     "type": "object",
@@ -105,3 +106,17 @@ def test_text_that_spells_a_special_token_is_not_forced(smol: Vocabulary):
 def test_the_end_is_a_choice(smol: Vocabulary):
     assert regex(smol, "(abc)?").forced_tokens() == []
     assert options(smol, ["", "abc"]).forced_tokens() == []
+
+
+@pytest.mark.parametrize("forced", [b" ", b", ", b'": ', b"th", b"{", b"re", b"\n\n "])
+def test_a_run_that_is_left_open_is_never_forced(smol: Vocabulary, forced: bytes):
+    rng = Random(0)
+    contexts = [[rng.randrange(300, smol.size) for _ in range(rng.randrange(7))] for _ in range(20)]
+    follows = [b"a", b'"', b" \n", b"0123456789", b"abcdefghijklmnopqrstuvwxyz", b""]
+    runs = {
+        follow: [canonical_run(smol, tokens, forced, follow) for tokens in contexts] for follow in follows
+    }
+    left_open = [follow for follow in follows if is_left_open(smol, forced, follow)]
+    assert b"" not in left_open
+    assert not any(run for follow in left_open for run in runs[follow])
+    assert left_open or any(run for found in runs.values() for run in found)
