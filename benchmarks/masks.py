@@ -69,7 +69,7 @@ SCHEMAS = {"person": PERSON, "choice": CHOICE, "tree": {"$defs": {"n": NODE}, "$
 
 OURS = "this library"
 LIMIT_SECONDS = 10.0
-"""An engine that takes longer over the sequences of one source is cut off there; its times so far count."""
+"""A peer that takes longer over the sequences of one source is cut off there; its times so far count."""
 FIRST_TIMES = 9
 """First masks of one source by one engine, of which the median counts; one only where it takes long."""
 LONG_FIRST = 0.5
@@ -162,7 +162,7 @@ def measure_steps(sequences: Sequences, chosen: list[list[int]], times: Times, c
 
 
 def measure(
-    engines: dict[str, Engine], source: Source, tokens: list[list[int]], clock: Clock
+    engines: dict[str, Engine], source: Source, tokens: list[list[int]], clock: Clock, limit: float
 ) -> dict[str, Times]:
     """Every engine over one source."""
     found = {name: Times() for name in engines}
@@ -178,13 +178,13 @@ def measure(
     forget()
     for begin in range(0, len(tokens), IN_TURN):
         for name, sequences in ready.items():
-            if sum(found[name].steps) < LIMIT_SECONDS:
+            if name == OURS or sum(found[name].steps) < limit:
                 measure_steps(sequences, tokens[begin : begin + IN_TURN], found[name], clock)
     return found
 
 
 def run(
-    vocabulary: Vocabulary, count: int, clock: Clock, memory: list[dict[str, int]]
+    vocabulary: Vocabulary, chosen: argparse.Namespace, memory: list[dict[str, int]]
 ) -> dict[Source, dict[str, Times]]:
     """Times by source and engine. `memory` takes what this library holds after each source."""
     sources = [Source(name, text, False) for name, text in PATTERNS.items()]
@@ -195,8 +195,8 @@ def run(
     trie_of(vocabulary)
     found: dict[Source, dict[str, Times]] = {}
     for source in sources:
-        tokens = sequences_of(vocabulary, source, count)
-        found[source] = measure(engines, source, tokens, clock)
+        tokens = sequences_of(vocabulary, source, chosen.sequences)
+        found[source] = measure(engines, source, tokens, CLOCKS[chosen.clock], chosen.limit)
         print(f"  {source.name}: {shown(quantiles(found[source][OURS].steps))} µs", flush=True)
         memory.append({"masks": masks.num_bytes, "states": compiled.num_states()})
         builder.wait()
@@ -356,6 +356,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, help="sequences a source")
     parser.add_argument("--sizes", type=int, nargs="+", help="tokens of the vocabularies")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where others load the machine")
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for a peer and a source")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
     chosen.sequences = chosen.sequences or (1000 if chosen.long else 100)
@@ -378,12 +379,15 @@ def main() -> None:
             specials = {i: tekken.token_text(i) for i in range(1000)}
             tokens = [tekken.token_bytes(i) for i in range(size)]
             vocabulary = Vocabulary(tokens, specials=specials, eos_token_ids=[2], bos_token_id=1)
-            results[size] = run(vocabulary, chosen.sequences, CLOCKS[chosen.clock], memory)
-        builder.wait()
-        used = caches(memory, Path(folder))
+            results[size] = run(vocabulary, chosen, memory)
+            report(chosen, results, memory, Path(folder))
+
+
+def report(chosen: argparse.Namespace, results: Results, memory: list[dict[str, int]], folder: Path) -> None:
+    """Print and write what is known so far: a long run that is stopped leaves its finished sizes."""
     about = f"{machine()} Times are of the {chosen.clock} clock."
-    text = "\n\n".join([table(results), goals(results), used, about])
-    print(text)
+    text = "\n\n".join([table(results), goals(results), caches(memory, folder), about])
+    print(text, flush=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "masks.md").write_text(text + "\n")
     (chosen.out / "masks.json").write_text(as_json(results, about, memory) + "\n")
