@@ -88,6 +88,8 @@ class Automaton:
     """States are ints that are never reused; 0 is the start."""
 
     start = 0
+    max_terms: int | None = None
+    """Terms of one state, beyond which it is a `ConstraintError`."""
 
     def __init__(self) -> None:
         self._interned: dict[tuple[object, ...], Term] = {}
@@ -257,6 +259,8 @@ class Automaton:
         state = tuple(sorted(self._absorb(terms), key=lambda term: term.order))
         number = self._numbers.get(state)
         if number is None:
+            if self.max_terms is not None and len(state) > self.max_terms:
+                raise ConstraintError(f"a state has {len(state)} terms, more than {self.max_terms}")
             number = self._numbers[state] = len(self._states)
             self._states.append(state)
             self._rows.append(None)

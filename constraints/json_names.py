@@ -59,6 +59,9 @@ NO_PLAIN = re.compile('["\\\\\x00-\x1f\x7f\ud800-\udfff]')
 class SchemaNames(Automaton):
     """The automaton of one schema. `base` is a secret number for hashes of text."""
 
+    # Options that stay possible side by side, level by level, would double at each level.
+    max_terms = 64
+
     def __init__(self, schema: Any, compact: bool, base: int):
         super().__init__()
         self._root = schema

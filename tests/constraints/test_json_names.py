@@ -112,6 +112,11 @@ def test_where_the_automaton_cannot_follow_the_tokens_are_the_name(smol: Vocabul
     names = SchemaNames({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, False, 3)
     assert names.after(0, b"{") is None
     assert SchemaNames({"type": "null"}, False, 3).after(0, b"x") is None
+    levels = {
+        "t": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/t"}, "maxItems": n} for n in (1, 2)]}
+    }
+    doubled = SchemaNames({"$ref": "#/$defs/t", "$defs": levels}, False, 3)
+    assert doubled.after(0, b"[[[") is not None and doubled.after(0, b"[" * 30) is None
     wide = {"type": "object", "properties": {f"p{i}": {} for i in range(400)}}
     assert isinstance(SchemaNames(wide, False, 3).after(0, b'{"p'), tuple)
     grammar = guidance.GuidanceGrammar(smol, json.dumps({"grammars": [{"json_schema": {}}]}), lambda: names)
