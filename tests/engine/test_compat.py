@@ -1,11 +1,23 @@
-"""The range of vLLM versions, and the internals that the engine leans on, each by name."""
+"""The range of vLLM versions, and what the project needs of vLLM, each by name.
 
-import inspect
+`VLLM_SOURCES=WHEEL_OR_FOLDER pytest tests/engine/test_compat.py` asks another vLLM than the installed one.
+"""
+
+import ast
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
 from aici_vllm.engine import compat
+from tests.engine.vllm_internals import MEMBERS, MIRRORED
+from tests.engine.vllm_sources import Sources
+
+PACKAGE = Path(compat.__file__).parents[1]
+SOURCES = Sources(Path(os.environ["VLLM_SOURCES"])) if "VLLM_SOURCES" in os.environ else Sources.installed()
 
 INSIDE = ["0.32.0", "0.32.1.post2", "0.33.0", "0.33.4+cpu"]
 OUTSIDE = ["0.31.9", "0.34.0", "1.0"]
@@ -24,92 +36,43 @@ def test_versions_outside_are_refused_with_the_range(version: str, monkeypatch: 
         compat.require_supported()
 
 
-LEANED_ON = {
-    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": [
-        "add_request",
-        "finish_requests",
-        "get_num_unfinished_requests",
-        "reset_prefix_cache",
-        "shutdown",
-        "schedule",
-        "get_grammar_bitmask",
-        "update_from_output",
-        "pause_state",
-        "_update_after_schedule",
-        "_update_request_with_output",
-        "_enqueue_waiting_request",
-        "_free_request",
-    ],
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": ["allocate_slots", "cache_blocks", "free"],
-    "vllm.v1.core.block_pool:BlockPool": [
-        "free_blocks",
-        "get_new_blocks",
-        "get_num_free_blocks",
-        "is_block_writable",
-        "touch",
-    ],
-    "vllm.v1.core.sched.request_queue:RequestQueue": ["prepend_request", "remove_requests"],
-    "vllm.v1.engine.input_processor:InputProcessor": ["process_inputs"],
-    "vllm.v1.request:Request": [
-        "append_output_token_ids",
-        "take_events",
-        "take_prefill_stats",
-        "update_block_hashes",
-    ],
-}
-
-ATTRIBUTES = {
-    "vllm.v1.request:Request.__init__": [
-        "_all_token_ids",
-        "_block_hasher",
-        "_output_token_ids",
-        "block_hashes",
-        "drop_stale_output",
-        "is_prefill_chunk",
-        "num_computed_tokens",
-        "num_in_flight_tokens",
-        "num_output_placeholders",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "num_stale_output_tokens",
-        "spec_token_ids",
-    ],
-    "vllm.v1.core.sched.scheduler:Scheduler.__init__": [
-        "_inflight_prefills",
-        "deferred_waiting",
-        "hash_block_size",
-        "kv_cache_manager",
-        "kv_holding_waiting",
-        "max_model_len",
-        "max_num_running_reqs",
-        "requests",
-        "running",
-        "use_v2_model_runner",
-        "waiting",
-    ],
-    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.__init__": [
-        "_pending_cow_copies",
-        "block_pool",
-        "block_size",
-        "num_cached_block",
-        "req_to_blocks",
-    ],
-}
+def imports() -> Iterator[tuple[str, str]]:
+    """Every (module, name) that a file of the package imports from vLLM, "" for the module itself."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                yield from ((node.module or "", alias.name) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] == "vllm")
 
 
-def _find(path: str) -> object:
-    module, _, names = path.partition(":")
-    found: object = __import__(module, fromlist=["_"])
-    for name in names.split("."):
-        found = getattr(found, name)
-    return found
+@pytest.mark.parametrize(("module", "name"), sorted(set(imports())))
+def test_vllm_still_exports(module: str, name: str) -> None:
+    assert SOURCES.has_module(module), f"{module} is gone"
+    known = not name or name in SOURCES.names(module) or SOURCES.has_module(f"{module}.{name}")
+    assert known, f"{module} has no {name}"
 
 
-@pytest.mark.parametrize(("owner", "name"), [(o, n) for o, names in LEANED_ON.items() for n in names])
-def test_vllm_still_has(owner: str, name: str) -> None:
-    assert hasattr(_find(owner), name)
+@pytest.mark.parametrize(("owner", "member"), [(o, m) for o, members in MEMBERS.items() for m in members])
+def test_vllm_still_has(owner: str, member: str) -> None:
+    name, call, wanted = member.rstrip(")").partition("(")
+    assert SOURCES.definition(owner) is not None, f"{owner} is gone"
+    assert SOURCES.has_member(owner, name), f"{owner} has no {name}"
+    if call:
+        taken = SOURCES.parameters(f"{owner}.{name}")
+        assert taken is not None, f"{owner}.{name} is no function"
+        asked = re.findall(r"\w+", wanted)
+        assert [p for p in taken if p in asked] == asked, f"{owner}.{name} takes {taken}, not {asked}"
 
 
-@pytest.mark.parametrize(("owner", "name"), [(o, n) for o, names in ATTRIBUTES.items() for n in names])
-def test_vllm_still_sets(owner: str, name: str) -> None:
-    assert f"self.{name}" in inspect.getsource(_find(owner))  # type: ignore[arg-type]
+@pytest.mark.parametrize("path", MIRRORED)
+def test_what_the_scheduler_was_written_after_is_there_to_be_read(path: str) -> None:
+    assert SOURCES.body(path) is not None
+
+
+def test_what_is_gone_is_named() -> None:
+    assert not SOURCES.has_module("vllm.v1.no_such_module")
+    assert SOURCES.definition("vllm.v1.request:NoSuchClass") is None
+    assert not SOURCES.has_member("vllm.v1.request:Request", "no_such_member")
+    assert SOURCES.parameters("vllm.v1.request:Request.no_such_method") is None
+    assert "no_such_name" not in SOURCES.names("vllm.v1.request")
