@@ -233,7 +233,8 @@ class Scheduler(AsyncScheduler):
         members = list(group.members.values())
         for member in members:
             member.awaited = False
-        for member in members:
+        # Those that have ended go last: a sibling that waits for their KV takes it over before.
+        for member in sorted(members, key=lambda member: member.branch.next is Next.END):
             self._carry_out(member)
         if any(branch.next is Next.THINK for branch in group.group.branches):
             self._thinking.add(group)

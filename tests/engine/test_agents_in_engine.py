@@ -229,6 +229,16 @@ def test_a_round_computes_its_prompt_once(llm: LLM) -> None:
     assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
+def test_a_branch_that_ends_at_once_leaves_the_prompt_to_the_others(llm: LLM) -> None:
+    llm.reset_prefix_cache()
+    call = AIGenerate(QUESTION, config=greedy(n_samples=5), sampler=EngineSampler(llm))
+    with steps_of(llm) as steps:
+        run(call, api_kwargs={"max_tokens": 1})
+    prompt, _ = reply_of(call.samples.children[0]).tokens or (0, 0)
+    assert steps == [[prompt], [1] * 4]
+    assert llm.reset_prefix_cache(), "blocks are still in use"
+
+
 def computed(steps: list[list[int]]) -> int:
     return sum(sum(rows) for rows in steps)
 
