@@ -157,15 +157,13 @@ class _Stepper:
             self._aborted.append(job)
 
     def _run(self) -> None:
-        while self._take_orders():
-            try:
-                outputs = self._engine.step() if self._jobs else []
-            except Exception as error:
-                self._fail_all(error)
-                raise
-            for output in outputs:
-                if output.finished and (job := self._jobs.pop(output.request_id, None)) is not None:
-                    job.resolve(output)
+        try:
+            while self._take_orders():
+                for output in self._engine.step() if self._jobs else []:
+                    if output.finished and (job := self._jobs.pop(output.request_id, None)) is not None:
+                        job.resolve(output)
+        except Exception as error:
+            self._fail_all(error)
 
     def _take_orders(self) -> bool:
         """Begin and abort what was asked for since the last step; False when nothing is left to do."""
@@ -175,6 +173,7 @@ class _Stepper:
             if not (new or aborted or self._jobs):
                 self._running = False
                 return False
+        self._jobs |= {job.request_id: job for job in new}
         for job in new:
             self._add(job)
         if ids := [job.request_id for job in aborted if self._jobs.pop(job.request_id, None) is not None]:
@@ -187,11 +186,11 @@ class _Stepper:
         except ValueError as error:
             wrapped = EngineCallError(f"the engine refused the call: {error}")
             wrapped.__cause__ = error
+            del self._jobs[job.request_id]
             job.resolve(error=wrapped)
-        else:
-            self._jobs[job.request_id] = job
 
     def _fail_all(self, error: Exception) -> None:
+        """Tell every call, and start over with the next one."""
         with self._lock:
             jobs, self._jobs = [*self._jobs.values(), *self._new], {}
             self._new, self._running = [], False

@@ -30,7 +30,6 @@ class FakeLLM:
         self.most = 0
         self.threads: set[int] = set()
         self.error: str | None = None
-        self.broken = False
         self.may_end = threading.Event()
         self.may_end.set()
 
@@ -53,8 +52,6 @@ class FakeLLM:
             del self.running[request_id]
 
     def step(self) -> list[Any]:
-        if self.broken:
-            raise RuntimeError("out of memory")
         self.threads.add(threading.get_ident())
         for request_id in self.running:
             self.running[request_id] += 1
@@ -154,10 +151,13 @@ def test_refusals_and_failures_are_errors_of_the_call() -> None:
         asyncio.run(send(llm))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_broken_engine_fails_every_call() -> None:
+@pytest.mark.parametrize("broken", ["step", "add_request"])
+def test_a_broken_engine_fails_every_call(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
     llm = FakeLLM()
-    llm.broken = True
+    monkeypatch.setattr(llm, broken, fail)
 
     async def go() -> list[Any]:
         engine = LLMEngine(llm)
