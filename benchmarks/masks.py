@@ -70,9 +70,9 @@ SCHEMAS = {"person": PERSON, "choice": CHOICE, "tree": {"$defs": {"n": NODE}, "$
 OURS = "this library"
 LIMIT_SECONDS = 10.0
 """A peer that takes longer over the sequences of one source is cut off there; its times so far count."""
-FIRST_TIMES = 9
+FIRST_TIMES = 7
 """First masks of one source by one engine, of which the median counts; one only where it takes long."""
-LONG_FIRST = 0.5
+LONG_FIRST = 0.05
 IN_TURN = 20
 """Sequences that one engine takes before the next one's turn."""
 LONGEST = 24
