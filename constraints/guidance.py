@@ -152,6 +152,7 @@ class GuidanceGrammar:
         self._num_steps = 0
         self.ends: dict[Position, bool] = {}
         self.forced: dict[Position, bytes] = {}
+        self.choices: dict[Position, bool] = {}
         self.runs: dict[tuple[Position, tuple[int, ...]], list[int]] = {}
 
     @cached_property
@@ -245,10 +246,15 @@ class GuidanceConstraint(Constraint):
             raise ConstraintError(f"the grammar became too complex here: {message}")
         raise self._refusal(token)
 
+    def has_choice(self) -> bool:
+        known = self._grammar.choices.get(self._position)
+        if known is None:
+            known = not self._forced_bytes() and not self.eos_forced()
+            remember(self._grammar.choices, self._position, known)
+        return known
+
     def forced_tokens(self) -> list[int]:
-        forced = self._grammar.forced.get(self._position)
-        if forced is None:
-            forced = remember(self._grammar.forced, self._position, self._forced_bytes())
+        forced = self._forced_bytes()
         if not forced:
             return []
         recent = tuple(self._tokens[-CONTEXT:])
@@ -259,8 +265,13 @@ class GuidanceConstraint(Constraint):
         return list(run)
 
     def _forced_bytes(self) -> bytes:
-        at = self._caught_up()
-        return b"" if at.is_stopped() or at.is_accepting() else at.compute_ff_bytes()
+        """The bytes that must follow; none where the text may end."""
+        forced = self._grammar.forced.get(self._position)
+        if forced is None:
+            at = self._caught_up()
+            forced = b"" if at.is_stopped() or at.is_accepting() else at.compute_ff_bytes()
+            remember(self._grammar.forced, self._position, forced)
+        return forced
 
     def state_key(self) -> Hashable:
         return self._position

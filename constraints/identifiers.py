@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Hashable
 
@@ -42,6 +43,8 @@ class IdentifierMachine(Machine[int]):
         self.letters = frozenset((string.ascii_letters + string.digits + "_" + extra).encode())
         self.first_letters = self.letters - frozenset(string.digits.encode())
         self.version = 0
+        self.shared = False
+        """Whether lexers that were forked from one another use it, so that it must stay as it is."""
         self._rows = _outside_rows()
         for byte in self.first_letters:
             self._rows[OUTSIDE, byte] = DEAD
@@ -61,6 +64,13 @@ class IdentifierMachine(Machine[int]):
         self._rows[node, outside] = self._rows[OUTSIDE, outside]
         self.version += 1
         self.forget()
+
+    def copy(self) -> IdentifierMachine:
+        """A machine of its own with the same identifiers; states mean the same in both."""
+        twin = IdentifierMachine(self.vocabulary, "")
+        twin.letters, twin.first_letters, twin.version = self.letters, self.first_letters, self.version
+        twin._rows, twin._complete, twin._used = self._rows.copy(), self._complete.copy(), self._used
+        return twin
 
     def _new_node(self) -> int:
         if self._used == len(self._rows):
@@ -113,7 +123,17 @@ class DynamicLexer:
         machine = self._machine
         if not spelled or spelled[0] not in machine.first_letters or not set(spelled) <= machine.letters:
             raise ConstraintError(f"{identifier!r} is not an identifier of this lexer")
+        if machine.shared:
+            machine = self._machine = machine.copy()
+            self._constraint.move_to(machine)
         machine.add(spelled)
+
+    def fork(self) -> DynamicLexer:
+        """A lexer that knows the same identifiers and has seen the same text, and goes its own way."""
+        twin = copy.copy(self)
+        self._machine.shared = True
+        twin._constraint = self._constraint.fork()
+        return twin
 
     def constraint(self) -> MachineConstraint[int]:
         """The constraint of this lexer: always the same object, which remembers the text so far."""

@@ -158,9 +158,7 @@ class MachineConstraint(Constraint, Generic[State]):
 
     def __init__(self, machine: Machine[State]):
         super().__init__(machine.vocabulary)
-        self.machine = machine
-        self._steps = machine.steps
-        self._choices = machine.choices
+        self.move_to(machine)
         self._state = machine.start
         self._tokens: list[int] = []
         self._states: list[State] = [machine.start]
@@ -221,6 +219,12 @@ class MachineConstraint(Constraint, Generic[State]):
         if count:
             del self._tokens[-count:], self._states[-count:]
             self._state = self._states[-1]
+
+    def move_to(self, machine: Machine[State]) -> None:
+        """Go on in `machine`, whose states mean what those of the present one do."""
+        self.machine = machine
+        self._steps = machine.steps
+        self._choices = machine.choices
 
     def fork(self) -> MachineConstraint[State]:
         twin = type(self).__new__(type(self))

@@ -101,3 +101,23 @@ def test_what_is_no_identifier_is_refused(name: str):
 def test_additional_characters_must_be_ascii():
     with pytest.raises(ConstraintError, match="ASCII"):
         DynamicLexer(VOCABULARY, "é")
+
+
+def test_a_fork_learns_for_itself():
+    lexer = DynamicLexer(VOCABULARY)
+    lexer.add("fo")
+    here = lexer.constraint()
+    for token in VOCABULARY.greedy(b"fo"):
+        here.append_token(token)
+    fork = lexer.fork()
+    there = fork.constraint()
+    assert there is not here and (there.mask_row() == here.mask_row()).all()
+    before, token = here.mask_row().copy(), VOCABULARY.greedy(b"o")[0]
+    fork.add("foo")
+    assert there.token_allowed(token) and not here.token_allowed(token)
+    assert (here.mask_row() == before).all() and not (there.mask_row() == before).all()
+    lexer.add("fox")
+    assert here.token_allowed(VOCABULARY.greedy(b"x")[0]) and not there.token_allowed(
+        VOCABULARY.greedy(b"x")[0]
+    )
+    assert fork.fork().constraint().token_allowed(token)

@@ -60,8 +60,9 @@ class Host:
         """The same for a copy of the script that goes on as `branch`."""
         copy = Host(branch)
         copy.constraints = {handle: constraint.fork() for handle, constraint in self.constraints.items()}
-        # A lexer's identifiers are the machine's: both copies go on adding to the same ones.
-        copy.lexers = dict(self.lexers)
+        # A copy that adds an identifier adds it for itself alone, as AICI's own processes did.
+        copy.lexers = {handle: lexer.fork() for handle, lexer in self.lexers.items()}
+        copy.constraints.update({handle: lexer.constraint() for handle, lexer in copy.lexers.items()})
         return copy
 
     def call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
