@@ -33,6 +33,12 @@ LAYERS = [
     Layer(
         "aici_vllm/engine", ("aici_vllm.server", "aici_vllm.agents", "aici_vllm.recursive", "aici_vllm.cli")
     ),
+    *(
+        Layer(f"aici_vllm/server/{file.name}", ("torch", "aici_vllm.engine", "aici_vllm.cli"))
+        for file in sorted((ROOT / "aici_vllm" / "server").glob("*.py"))
+        if file.name != "plugin.py"
+    ),
+    Layer("aici_vllm/client.py", (*ENGINE, "aici_vllm.server", "aici_vllm.controller")),
     Layer("aici_vllm", ("tests", "benchmarks", "examples")),
 ]
 

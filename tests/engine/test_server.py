@@ -1,5 +1,6 @@
 """A real server and the stock `openai` client: results, streams, choices, and every kind of bad request."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from aici_vllm.client import Client, ServerError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "scripts"
 GREETING = "import aici\nasync def main():\n    await aici.FixedTokens('Hello')\n    {}\naici.start(main())\n"
@@ -88,8 +91,9 @@ def _wait(process: "subprocess.Popen[bytes]", http: httpx.Client) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(embedded_folder: Path) -> Iterator[Server]:
-    yield from start_server(embedded_folder)
+def server(embedded_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    settings = {"aici": {"server": {"store": str(tmp_path_factory.mktemp("store"))}}}
+    yield from start_server(embedded_folder, "--additional-config", json.dumps(settings))
 
 
 @pytest.mark.parametrize("name", ["tour", "take_back", "branches", "fields"])
@@ -326,3 +330,158 @@ def test_plain_vllm_serve_needs_two_flags_only(embedded_folder: Path, tmp_path: 
     with contextmanager(start_server)(embedded_folder, *flags, command=command, PYTHONPATH=path) as server:
         script = GREETING.format("await aici.gen_tokens(options=[' early', ' late'])")
         assert server.complete(script).choices[0].text in ("Hello early", "Hello late")
+
+
+# Controllers that the server keeps, and runs told step by step.
+
+
+def replay(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What the branches are after all events: text, logs, variables written, finish reason."""
+    branches: dict[int, dict[str, Any]] = {}
+    for fork in (fork for event in events for fork in event.get("forks", [])):
+        new = {"text": "", "logs": "", "storage": [], "finish_reason": None}
+        branch = branches.setdefault(fork["index"], new)
+        for part in fork["parts"]:
+            if part["kind"] == "taken_back":
+                assert branch["text"].endswith(part["text"])
+                branch["text"] = branch["text"].removesuffix(part["text"])
+            else:
+                branch["text"] += part["text"]
+        branch["logs"] += fork["logs"]
+        branch["storage"] += fork["storage"]
+        branch["finish_reason"] = fork.get("finish_reason", branch["finish_reason"])
+    return branches
+
+
+def client_of(server: Server) -> Client:
+    return Client(f"{server.http.base_url}/v1")
+
+
+@pytest.mark.parametrize("name", ["tour", "take_back", "branches", "fields"])
+def test_the_events_of_a_run_add_up_to_its_results(server: Server, name: str) -> None:
+    script = (EXAMPLES / f"{name}.py").read_text()
+    with client_of(server) as client:
+        found = client.run_controller(script)
+    results, alone = found["results"], server.run(script)
+    assert [branch["text"] for branch in results["branches"]] == [
+        branch["text"] for branch in alone["branches"]
+    ]
+    told = replay(found["response"])
+    for branch in results["branches"]:
+        one = told[branch["index"]]
+        assert (one["text"], one["logs"]) == (branch["text"], branch["logs"])
+        assert (one["finish_reason"], branch["finish_reason"]) == ("aici-stop", "stop")
+    assert found["storage"] == results["variables"]
+    assert found["usage"]["sampled_tokens"] == results["usage"]["sampled_tokens"]
+    assert len(found["response"]) > found["usage"]["sampled_tokens"] / len(told)
+
+
+def test_what_a_script_takes_back_is_seen_before_it_goes(server: Server) -> None:
+    with client_of(server) as client:
+        found = client.run_controller((EXAMPLES / "tour.py").read_text())
+    kinds = [
+        part["kind"] for event in found["response"] for f in event.get("forks", []) for part in f["parts"]
+    ]
+    assert "taken_back" in kinds and kinds.index("sampled") < kinds.index("taken_back")
+    assert " \u21a9 " in found["text"][0]
+
+
+def test_a_stored_controller_runs_by_hash_and_tag(server: Server) -> None:
+    script = GREETING.format("await aici.FixedTokens(' ' + aici.controller_arg())")
+    with client_of(server) as client:
+        module_id = client.upload_module(script)["module_id"]
+        client.tag_module(module_id, ["hello", "hello.v1"])
+        for name in (module_id, "hello", "hello.v1"):
+            assert client.run_controller(name, "world")["text"] == ["Hello world"]
+            answer = server.client.completions.create(
+                model="m",
+                prompt="",
+                max_tokens=20,
+                extra_body={"vllm_xargs": {"controller": name, "controller_arg": "there"}},
+            )
+            assert answer.choices[0].text == "Hello there"
+        assert {tag["tag"] for tag in client.list_tags()} >= {"hello", "hello.v1"}
+        assert "recursive" in {one["name"] for one in client.list_controllers()["installed"]}
+    for name in ("helo", "0" * 64):
+        with pytest.raises(openai.BadRequestError, match=name):
+            server.complete(name)
+
+
+def test_messages_of_a_run_are_written_with_the_chat_template(server: Server) -> None:
+    script = "import aici\nasync def main():\n    await aici.gen_tokens(max_tokens=8)\naici.start(main())\n"
+    messages = [{"role": "user", "content": "Say hello."}]
+    chat = server.client.chat.completions.create(
+        model="m",
+        messages=messages,  # type: ignore[arg-type]
+        temperature=0.0,
+        extra_body={"vllm_xargs": {"controller": script}},
+    )
+    with client_of(server) as client:
+        assert client.run_controller(script, messages=messages)["text"] == [chat.choices[0].message.content]
+        plain = client.run_controller("none", messages=messages, max_tokens=8)
+        assert plain["text"] == [chat.choices[0].message.content]
+        assert plain["response"][-1]["forks"][0]["finish_reason"] in ("length", "eos")
+
+
+def test_a_run_whose_script_fails_is_told_in_its_events(server: Server) -> None:
+    with client_of(server) as client:
+        found = client.run_controller(GREETING.format("raise ValueError('later')"))
+    assert "ValueError: later" in found["error"] and found["text"] == ["Hello"]
+    last = found["response"][-1]
+    assert last["forks"][0]["finish_reason"] == "fail"
+
+
+def test_runs_that_cannot_work_get_a_400(server: Server) -> None:
+    with client_of(server) as client:
+        for request, said in [
+            ({"controller": "def f(:\n"}, "line 1"),
+            ({"controller": "helo"}, "helo"),
+            ({"controller": "none", "prompt": "a " * 5000}, "2048"),
+            ({"controller": "none", "prompt": "a", "max_tokens": 2048}, "2047"),
+            ({"controller": "none", "messages": [{"role": "user", "content": 5}]}, "messages"),
+        ]:
+            with pytest.raises(ServerError, match=said) as caught:
+                client.run_controller(**request)  # type: ignore[arg-type]
+            assert caught.value.status == 400
+        with pytest.raises(ServerError, match="does not exist") as caught:
+            client.run_controller("none", model="other")
+        assert caught.value.status == 404
+
+
+def test_a_client_that_leaves_a_run_frees_every_branch(server: Server) -> None:
+    script = GREETING.format("i = await aici.fork(4); await aici.gen_tokens(max_tokens=1500)")
+    with client_of(server) as client, client.stream(script, max_tokens=1900) as events:
+        assert any(fork["index"] == 3 for event in events for fork in event.get("forks", []))
+    for _ in range(200):
+        server.client.completions.create(model="m", prompt="a", max_tokens=1)
+        if server.kv_usage() == 0:
+            return
+    raise AssertionError("blocks are still in use")
+
+
+def curl(server: Server, *arguments: str) -> str:
+    """What curl prints; `arguments[-1]` is the path."""
+    *flags, path = arguments
+    command = ["curl", "--silent", "--no-buffer", *flags, f"{server.http.base_url}/v1/{path}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_all_of_it_from_curl(server: Server) -> None:
+    python, as_json = ("-H", "content-type: text/x-python"), ("-H", "content-type: application/json")
+    tour = EXAMPLES / "tour.py"
+    module_id = json.loads(curl(server, *python, "--data-binary", f"@{tour}", "controllers"))["module_id"]
+    assert module_id == hashlib.sha256(tour.read_bytes()).hexdigest()
+    body = json.dumps({"module_id": module_id, "tags": ["tour"]})
+    assert json.loads(curl(server, *as_json, "-d", body, "controllers/tags"))["tags"][0]["tag"] == "tour"
+    assert "tour" in curl(server, "controllers/tags")
+    lines = curl(server, *as_json, "-d", '{"controller": "tour"}', "run").split("\n\n")
+    assert json.loads(lines[0].removeprefix("data: "))["object"] == "initial-run"
+    assert lines[-2:] == ["data: [DONE]", ""]
+    refused = json.loads(curl(server, *as_json, "-d", '{"controller": "tuor"}', "run"))
+    assert "unknown controller 'tuor'" in refused["error"]["message"]
+
+
+def test_the_openapi_page_shows_the_routes(server: Server) -> None:
+    page = server.http.get("/openapi.json").json()
+    assert {"/v1/run", "/v1/controllers", "/v1/controllers/tags", "/v1/completions"} <= page["paths"].keys()
+    assert list(page["paths"]["/v1/run"]["post"]["responses"]["200"]["content"]) == ["text/event-stream"]
