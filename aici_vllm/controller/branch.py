@@ -63,6 +63,7 @@ class Branch:
         self.program: Program | None = None
         self.may_take_back = True
         self._decided_index = 0
+        self._longest = 0
 
     @property
     def settled(self) -> int:
@@ -90,7 +91,8 @@ class Branch:
         assert sampling is not None
         try:
             if sampling.accept(token):
-                return not self._ends_here()
+                # `_await_token` left the length at which the branch must end.
+                return len(self.sequence.tokens) < self._longest or not self._ends_here()
             forced = sampling.take_forced()
         except Exception as error:
             # The constraint may be the user's own class: its error is the script's, at its await.
@@ -320,8 +322,8 @@ class Branch:
 
     def _ends_here(self) -> bool:
         """End the branch if no token may follow."""
-        length, group = len(self.sequence.tokens), self.group
-        if length - self.sequence.prompt_len >= group.max_tokens or length >= group.context:
+        self._longest = min(self.sequence.prompt_len + self.group.max_tokens, self.group.context)
+        if len(self.sequence.tokens) >= self._longest:
             self.end("length")
             return True
         return False

@@ -23,6 +23,18 @@ class Sequence:
     `spliced` count every token this sequence ever got, those taken back too.
     """
 
+    __slots__ = (
+        "_changes",
+        "_last_mark",
+        "_marks",
+        "kept",
+        "origins",
+        "prompt_len",
+        "sampled",
+        "spliced",
+        "tokens",
+    )
+
     def __init__(self, prompt: list[int]):
         self.tokens = list(prompt)
         self.origins = bytearray(len(prompt))

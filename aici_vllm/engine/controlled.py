@@ -16,7 +16,7 @@ FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 """How vLLM calls the ends that it knows; every other end is an abort to it."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Controlled:
     """A branch and the request that computes it.
 

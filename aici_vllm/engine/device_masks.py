@@ -81,7 +81,8 @@ _PATTERNS = {torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: n
 def apply_on_cpu(logits: torch.Tensor, table: torch.Tensor, slots: np.ndarray) -> None:
     """As the kernel does it. torch would split such small rows among threads, and wait for them.
 
-    Bit patterns are computed instead of values chosen, so no mask is slower than another.
+    Where a mask allows nearly everything, the other tokens are looked up. Else bit patterns are computed
+    instead of values chosen, so that no mask is slower than another.
     """
     integer = _PATTERNS[logits.dtype]
     minus_infinity = torch.tensor(float("-inf"), dtype=logits.dtype).view(_SIGNED[integer]).item()
@@ -89,14 +90,21 @@ def apply_on_cpu(logits: torch.Tensor, table: torch.Tensor, slots: np.ndarray) -
     words = table.numpy()
     width = min(32 * words.shape[1], patterns.shape[1])
     for row in np.flatnonzero(slots != NO_MASK).tolist():
-        bits = np.unpackbits(words[slots[row]].view(np.uint8), count=width, bitorder="little")
-        bits -= 1
-        refused = bits.view(np.int8).astype(integer)
-        pattern = patterns[row, :width]
-        pattern &= ~refused
-        refused &= minus_infinity
-        pattern |= refused
+        mask, pattern = words[slots[row]], patterns[row, :width]
         patterns[row, width:] = minus_infinity
+        partial = np.flatnonzero(mask != -1)
+        if len(partial) < len(mask) // 8:
+            bits = np.unpackbits(mask[partial, None].view(np.uint8), axis=1, bitorder="little")
+            at, bit = np.nonzero(bits == 0)
+            tokens = partial[at] * 32 + bit
+            pattern[tokens[tokens < width]] = minus_infinity
+        else:
+            bits = np.unpackbits(mask.view(np.uint8), count=width, bitorder="little")
+            bits -= 1
+            refused = bits.view(np.int8).astype(integer)
+            pattern &= ~refused
+            refused &= minus_infinity
+            pattern |= refused
 
 
 _SIGNED = {np.int32: torch.int32, np.int16: torch.int16}

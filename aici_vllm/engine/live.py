@@ -72,7 +72,7 @@ class LiveViews:
 
     def withholds_tokens(self, group: ControlledGroup) -> bool:
         """Whether its tokens must wait for the end, so that vLLM lets every event through."""
-        return self._stream_interval > 1 and group in self._views
+        return bool(self._views) and self._stream_interval > 1 and group in self._views
 
     def events(self, group: ControlledGroup) -> dict[str, Any]:
         """The last events of a request, for the `kv_transfer_params` that end it."""

@@ -4,7 +4,6 @@ The table lives twice: here its keys, on every worker's device its rows. A step 
 new and one number per sequence.
 """
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -85,7 +84,7 @@ class StepMasks:
 
 
 class MaskTable:
-    """Keys of the device table, least recently used first.
+    """Keys of the device table. When it is full, the rows that no step has used for longest go.
 
     Args:
         capacity: rows; at least the number of sequences of one step.
@@ -95,8 +94,13 @@ class MaskTable:
         self.capacity = capacity
         self.built = 0
         self.reused = 0
-        self._slots: OrderedDict[Hashable, int] = OrderedDict()
-        self._unnamed = 0
+        self._slots: dict[Hashable, int] = {}
+        self._keys: list[Hashable] = []
+        self._used: list[int] = []
+        """The last step that used a slot."""
+        self._idle: list[tuple[int, int]] = []
+        """Slots to give away next, the last one first, unless they were used after the step noted here."""
+        self._steps = 0
 
     def step(self, grammar: Any, samplings: "dict[int, Sampling]", lanes: int) -> StepMasks:
         """Find or make the row of each sequence.
@@ -106,18 +110,18 @@ class MaskTable:
             lanes: more than the highest lane.
         """
         slots = [NO_MASK] * (lanes + 1)
-        known = self._slots
+        self._steps = step = self._steps + 1
+        find, used = self._slots.get, self._used
         new_slots: list[int] = []
         new_rows: list[np.ndarray] = []
         for lane, sampling in samplings.items():
             key = sampling.mask_key()
-            slot = known.get(key) if key is not None else None
-            if slot is not None:
-                known.move_to_end(key)
-            else:
+            slot = None if key is None else find(key)
+            if slot is None:
                 slot = self._take_slot(key)
                 new_slots.append(slot)
                 new_rows.append(sampling.mask_row())
+            used[slot] = step
             slots[lane] = slot
         self.built += len(new_slots)
         self.reused += len(samplings) - len(new_slots)
@@ -125,13 +129,26 @@ class MaskTable:
         return StepMasks(grammar, np.array(slots, np.int32), new_slots, stacked)
 
     def _take_slot(self, key: Hashable | None) -> int:
-        if key is None:
-            # A name of its own, so that it ages out like any other row.
-            self._unnamed += 1
-            key = ("unnamed", self._unnamed)
-        if len(self._slots) < self.capacity:
-            slot = len(self._slots)
+        if len(self._keys) < self.capacity:
+            slot = len(self._keys)
+            self._keys.append(key)
+            self._used.append(self._steps)
         else:
-            _, slot = self._slots.popitem(last=False)
-        self._slots[key] = slot
+            slot = self._idle_slot()
+            if self._keys[slot] is not None:
+                del self._slots[self._keys[slot]]
+            self._keys[slot] = key
+        if key is not None:
+            self._slots[key] = slot
         return slot
+
+    def _idle_slot(self) -> int:
+        while True:
+            if not self._idle:
+                # One sort serves for an eighth of the table, so that a use need not keep an order.
+                by_use = sorted(range(self.capacity), key=self._used.__getitem__)
+                oldest = by_use[: max(self.capacity // 8, 1)]
+                self._idle = [(slot, self._used[slot]) for slot in reversed(oldest)]
+            slot, used = self._idle.pop()
+            if self._used[slot] == used:
+                return slot

@@ -144,16 +144,17 @@ class Scheduler(AsyncScheduler):
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        self._step_members = []
+        self._step_members = members = []
         waits_for_token = False
-        if self._controlled:
+        if controlled := self._controlled:
             for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-                member = self._controlled.get(request_id)
-                if member is not None:
-                    self._step_members.append((member, member.times_taken_out))
+                if request_id in controlled:
+                    member = controlled[request_id]
+                    members.append((member, member.times_taken_out))
                     member.forward_passes += 1
                     member.computed_tokens += num_tokens
-                    waits_for_token |= member.request.num_output_placeholders > 0
+                    if member.request.num_output_placeholders:
+                        waits_for_token = True
         if self._step_members:
             self.telemetry.computed(len(self._step_members))
         super()._update_after_schedule(scheduler_output)
@@ -176,7 +177,10 @@ class Scheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        earlier, self._outputs = self._outputs, []
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client_index, output in reversed(earlier):
+            outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.insert(0, output)
         unsettled, self._unsettled = self._unsettled, {}
         for group in unsettled:
             self._settle(group)
@@ -206,18 +210,22 @@ class Scheduler(AsyncScheduler):
             return super()._update_request_with_output(request, new_token_ids, is_stale)
         if not is_stale:
             request.num_output_placeholders -= len(new_token_ids)
+        settled: list[int] = []
         for token in new_token_ids:
             request.append_output_token_ids(token)
             if not member.branch.accept(token):
                 self._unsettled[member.group] = None
                 break
         else:
-            self._send_settled(member)
+            if member.choice and not self.live_views.withholds_tokens(member.group):
+                settled = member.take_settled()
         if member.awaited:
             self._unsettled[member.group] = None
         if request.status == RequestStatus.RUNNING:
-            self.kv_cache_manager.cache_blocks(request, member.computed)
-        return [], False
+            computed = request.num_computed_tokens - request.num_output_placeholders
+            self.kv_cache_manager.cache_blocks(request, computed)
+        # What vLLM gets here it sends; whether a branch stops is decided when its group is settled.
+        return settled, False
 
     # What branches want, carried out.
 

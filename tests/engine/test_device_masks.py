@@ -58,8 +58,10 @@ def test_masked_logits_equal_brute_force(apply: Apply, dtype: torch.dtype, token
     rng = np.random.default_rng(tokens)
     rows = rng.integers(-(2**31), 2**31, (9, words), dtype=np.int64).astype(np.int32)
     rows[1], rows[2] = -1, 0
+    rows[4] = -1
+    rows[4, [0, -1]] = rows[3, [0, -1]]
     table = torch.from_numpy(rows)
-    slots = np.array([NO_MASK, 3, 8, NO_MASK, 1, 2, 3], np.int32)
+    slots = np.array([NO_MASK, 3, 8, NO_MASK, 1, 2, 4], np.int32)
     logits = torch.from_numpy(rng.standard_normal((7, tokens))).to(dtype)
     logits[1, :4] = torch.tensor([float("inf"), float("nan"), float("-inf"), -0.0])
     expected = one_by_one(logits, table, slots)
