@@ -130,6 +130,19 @@ def test_where_the_automaton_cannot_follow_the_tokens_are_the_name(smol: Vocabul
     assert two.state_key() == GuidanceConstraint(grammar).state_key()
 
 
+def test_a_choice_is_neither_a_forced_end_nor_a_forced_token(smol: Vocabulary):
+    schema = {"type": "object", "properties": {"ab": {"const": "xyz"}}, "required": ["ab"]}
+    found = []
+    for tokens in range(len(smol.tokenize('{"ab": "xyz"}')) + 1):
+        constraint = json_schema(smol, schema, compact=True)
+        for token in smol.tokenize('{"ab":"xyz","c":1}')[:tokens]:
+            constraint.append_token(token)
+        found.append(constraint.has_choice())
+        if constraint.has_choice():
+            assert not constraint.eos_forced() and constraint.forced_tokens() == []
+    assert not found[0] and any(found)
+
+
 def test_a_refused_token_changes_nothing(smol: Vocabulary):
     constraint = after(smol, {"type": "object", "properties": {"a": {"type": "integer"}}}, '{"a": 1')
     key = constraint.state_key()
