@@ -5,14 +5,17 @@
 PYTHON ?= python3
 VLLM ?= cpu
 VENV := .venv/bin/python
+BENCHMARKS := host_step mask_kernel growth sandbox script_steps fork overhead throughput
+BENCHMARKS_OF_PARTS := main_job masks agents recursive neighbours
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench bench-full clean
 
 help:
 	@echo "make demo    run a controller script in a real vLLM server on this machine"
 	@echo "make test    lint, type check, and run every test"
-	@echo "make bench   run every benchmark"
+	@echo "make bench   run every benchmark, small; tables, JSON and plots go to build/benchmarks"
+	@echo "make bench-full  those of speed again, longer and with more cases (hours)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the layout of the code"
 	@echo "make clean   remove .venv and caches (the embedded model stays)"
@@ -36,8 +39,13 @@ format: setup
 	$(VENV) -m ruff format .
 
 bench: setup
-	@set -e; for program in benchmarks/[a-z]*.py; do \
-	  echo "== $$program"; $(VENV) $$program; \
+	@set -e; for name in $(BENCHMARKS) $(BENCHMARKS_OF_PARTS); do \
+	  echo "== benchmarks/$$name.py"; $(VENV) benchmarks/$$name.py; \
+	done
+
+bench-full: setup
+	@set -e; for name in $(BENCHMARKS); do \
+	  echo "== benchmarks/$$name.py --full"; $(VENV) benchmarks/$$name.py --full; \
 	done
 
 clean:
