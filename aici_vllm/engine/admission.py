@@ -122,6 +122,20 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> Any:
     return _fill_empty(vllm_config, prompt)
 
 
+def check_arguments(vllm_config: VllmConfig, xargs: dict[str, Any]) -> dict[str, Any]:
+    """The part of `admit` that needs no prompt; returns the arguments with a stored name's text in its place.
+
+    Raises:
+        BadRequestError: what is wrong with the controller.
+    """
+    if CONTROLLER not in xargs:
+        return xargs
+    params = SamplingParams(extra_args=dict(xargs))
+    _check_flags(vllm_config)
+    _check_controller(vllm_config, params)
+    return dict(params.extra_args or {})
+
+
 def _check_flags(vllm_config: VllmConfig) -> None:
     if not runs_controllers(vllm_config):
         raise BadRequestError(

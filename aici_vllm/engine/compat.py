@@ -104,6 +104,46 @@ def allow_empty_prompts(controlled: Callable[[dict[str, Any]], bool]) -> None:
     request.model_rebuild(force=True)
 
 
+CheckArguments = Callable[[Any, dict[str, Any]], dict[str, Any]]
+"""(vllm_config, vllm_xargs) -> vllm_xargs to go on with; raises ValueError to refuse the request."""
+
+_RENDERERS = {
+    "vllm.entrypoints.openai.completion.serving": ("OpenAIServingCompletion", "render_completion_request"),
+    "vllm.entrypoints.openai.chat_completion.serving": ("OpenAIServingChat", "render_chat_request"),
+}
+
+
+def check_openai_requests_with(check: CheckArguments) -> None:
+    """Have `check` see the `vllm_xargs` of OpenAI requests before a streamed one gets its status line.
+
+    vLLM's servers call the engine's front-end, where `admit` stands, only when a stream has begun: a
+    refusal there is an event in a stream that said 200. Only a process that serves HTTP has the servers.
+    """
+    for module, (server, method) in _RENDERERS.items():
+        if module in sys.modules:
+            _check_before(getattr(sys.modules[module], server), method, check)
+
+
+def _check_before(server: Any, method: str, check: CheckArguments) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    original = getattr(server, method)
+    if hasattr(original, "aici_checks"):
+        return
+
+    @functools.wraps(original)
+    async def render(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if request.vllm_xargs:
+            try:
+                request.vllm_xargs = check(self.engine_client.vllm_config, request.vllm_xargs)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
+        return await original(self, request, *args, **kwargs)
+
+    render.aici_checks = True  # type: ignore[attr-defined]
+    setattr(server, method, render)
+
+
 def keep_merged_lists(key: str) -> None:
     """Have outputs that vLLM merges keep the list under `key` of both their `kv_transfer_params`.
 

@@ -15,9 +15,10 @@ def register() -> None:
     except compat.UnsupportedVLLM:
         return
     if compat.is_supported(found):
-        from aici_vllm.engine.admission import CONTROLLER, admit
+        from aici_vllm.engine.admission import CONTROLLER, admit, check_arguments
 
         compat.admit_requests_with(admit)
+        compat.check_openai_requests_with(check_arguments)
         compat.allow_empty_prompts(lambda body: CONTROLLER in (body.get("vllm_xargs") or {}))
         compat.record_stats_with(_metrics)
 

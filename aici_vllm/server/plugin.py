@@ -65,6 +65,7 @@ class ControllerEndpoints:
         except StoreError as error:
             logger.error("%s: controllers cannot be stored or named until this is mended", error)
         admission.resolve_names_with(_resolver(catalog))
+        compat.check_openai_requests_with(admission.check_arguments)
         compat.keep_merged_lists(EVENTS)
         has_keys = any(args.api_key or [envs.VLLM_API_KEY])
         state.aici = routes.Service(settings, catalog, VLLMFront(engine_client, state), has_keys)

@@ -230,6 +230,20 @@ def test_bad_requests_get_a_400(server: Server, case: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("case", REFUSED_AT_ONCE)
+def test_bad_streams_get_a_400_too(server: Server, case: str) -> None:
+    script, said = REFUSED_AT_ONCE[case]
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.complete(script, stream=True)
+    with pytest.raises(openai.BadRequestError, match=said):
+        server.client.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "Hi"}],
+            stream=True,
+            extra_body={"vllm_xargs": {"controller": script}},
+        )
+
+
 def test_max_tokens_over_the_context_gets_a_400(server: Server) -> None:
     with pytest.raises(openai.BadRequestError):
         server.complete(GREETING.format("pass"), max_tokens=100_000)
