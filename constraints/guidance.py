@@ -160,8 +160,9 @@ class GuidanceGrammar:
         return self._names_of() if self._names_of else None
 
     def num_states(self) -> int:
+        """Its memory; eight steps take what a state of the names takes."""
         names = self.__dict__.get("_names")
-        return len(names) if names else 0
+        return (len(names) if names else 0) + self._num_steps // 8
 
     def after(self, position: Position, token: int) -> Position:
         """The position after `token`, which may follow."""

@@ -31,7 +31,7 @@ def productive(rules: Rules) -> bool:
     return known == set(rules)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(BODIES, BODIES, BODIES, st.integers(0, 1 << 16))
 def test_masks_of_generated_grammars_are_brute_force(start, x, y, seed: int):
     rules: Rules = {"start": start, "x": x, "y": y}

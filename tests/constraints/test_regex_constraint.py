@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constraints import ConstraintError, regex
+from constraints import ConstraintError, regex, regex_syntax
+from constraints.automaton import DEAD
+from constraints.regex_automaton import RegexAutomaton
 from tests.constraints.regex_oracle import RegexOracle
 from tests.constraints.walks import small_vocabulary, walk
 
@@ -241,3 +243,14 @@ def test_a_vocabulary_without_the_bytes_gives_an_empty_mask():
     constraint.append_token(3)
     assert not constraint.mask_row().any()
     assert not constraint.eos_allowed()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_tree_says_what_the_first_state_of_the_automaton_does(pattern: str):
+    tree = regex_syntax.parse(pattern)
+    automaton = RegexAutomaton(tree)
+    assert regex_syntax.is_nullable(tree) == automaton.accepts(automaton.start)
+    onward = {
+        byte for byte, after in enumerate(automaton.row(automaton.start)) if after != DEAD and byte < 128
+    }
+    assert set(regex_syntax.first_ascii(tree)) == onward
