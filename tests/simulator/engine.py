@@ -16,6 +16,8 @@ from vllm.v1.request import Request, RequestStatus
 import aici_vllm.engine.scheduler as scheduler_module
 from aici_vllm.controller.branch import Next
 from aici_vllm.engine.admission import CHECKPOINT, CHOICES, CONTROLLER, DROP, FROM
+from aici_vllm.engine.live import EVENTS, LIVE
+from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.results import RESULTS_KEY
 from tests.simulator.model import EOS, Prefix, vocabulary
 from tests.simulator.programs import SimulatedPrograms
@@ -51,6 +53,7 @@ class Job:
         gone: request ids that the client gave up.
         aborted: the engine gave it up.
         refused: the checkpoint that it goes on from did not exist.
+        told: branch index → its tokens, the prompt's too, after the events that a watching client got.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Job:
     gone: set[str] = field(default_factory=set)
     aborted: bool = False
     refused: bool = False
+    told: dict[int, list[int]] = field(default_factory=dict)
     results: dict[str, Any] | None = None
 
     @property
@@ -122,6 +126,7 @@ class Engine:
         checkpoint: bool = False,
         start: str | None = None,
         drop: str | None = None,
+        live: bool = False,
     ) -> Job:
         """A request whose controller runs `program`.
 
@@ -129,6 +134,7 @@ class Engine:
             checkpoint: keep its branches, under the job's name.
             start: the checkpoint that it goes on from, whose tokens take the place of `prompt`.
             drop: the checkpoint to forget.
+            live: the client watches every branch.
         """
         job = self._new_job(prompt, max_tokens, program, salt, choices, streamed)
         self.programs.scripts[job.name] = program
@@ -140,6 +146,7 @@ class Engine:
         for choice in job.choices:
             args: dict[str, Any] = {CONTROLLER: job.name}
             args |= {key: value for key, value in extra.items() if value is not None}
+            args |= {LIVE: True} if live else {}
             if choices > 1:
                 args[CHOICES] = choices
             kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
@@ -253,10 +260,24 @@ class Engine:
         if output.request_id in job.closed:
             raise EngineError(f"{output.request_id} got {output} after its end")
         job.sent.setdefault(output.request_id, []).extend(output.new_token_ids)
+        told = output.kv_transfer_params or {}
+        for event in told.get(EVENTS, ()):
+            self._watch(job, event)
         if output.finish_reason is not None:
             job.closed.add(output.request_id)
-            if output.kv_transfer_params is not None:
-                job.results = output.kv_transfer_params[RESULTS_KEY]
+            job.results = told.get(RESULTS_KEY, job.results)
+
+    def _watch(self, job: Job, event: dict[str, Any]) -> None:
+        """Do to the tokens of each branch what the event says was done."""
+        for fork in event["forks"]:
+            tokens = job.told.setdefault(fork["index"], list(job.prompt))
+            for change, changed in fork["changes"]:
+                if change != "taken_back":
+                    tokens += changed
+                elif tokens[-len(changed) :] == changed or len(changed) > len(tokens) - len(job.prompt):
+                    del tokens[-len(changed) :]
+                else:
+                    raise EngineError(f"{job.name}: {changed} are said to be taken back from {tokens}")
 
     # What was asked for, and what came.
 
@@ -291,6 +312,11 @@ class Engine:
                 choice = job.choices[branch["index"]]
                 nothing = job.streamed and not branch["token_ids"]
                 self._check_sent(job, choice, [EOS] if nothing else branch["token_ids"])
+            told = job.told.get(branch["index"])
+            if told is not None and told[len(told) - len(branch["token_ids"]) :] != branch["token_ids"]:
+                raise EngineError(f"{job.name}: events told of {told}, and branch {branch} came of it")
+        if job.told and len(job.told) < len(results["branches"]):
+            raise EngineError(f"{job.name}: events told only of the branches {sorted(job.told)}")
         self._check_usage(job, results["usage"], expected.sampled, expected.spliced)
 
     def _check_sent(self, job: Job, choice: str, tokens: list[int]) -> None:
@@ -322,10 +348,13 @@ class Engine:
                 kv_cache_config=kv_cache_config(self.settings),
                 structured_output_manager=_NoGrammars(),
                 block_size=self.settings.block_size,
+                log_stats=self.settings.log_stats,
             )
         finally:
             scheduler_module.model_vocabulary = real
         scheduler.use_v2_model_runner = self.settings.v2
+        if self.settings.few_masks:
+            scheduler.masks = MaskTable(2 * self.settings.most_running)
         return scheduler
 
     def _worker(self) -> Worker:

@@ -49,6 +49,13 @@ class Simulation:
         for job in self.engine.jobs.values():
             self.engine.check_job(job)
 
+    def shut_down(self) -> None:
+        """Stop the engine as it stands: scripts that live are ended."""
+        groups = list(self.engine.scheduler._groups.values())
+        self.engine.scheduler.shutdown()
+        if lives := [group.root_id for group in groups if not group.group.finished]:
+            raise EngineError(f"the engine is shut down, and {lives} live on")
+
     def waiting(self) -> list[str]:
         """Requests whose clients still wait."""
         return [job.name for job in self.engine.jobs.values() if job.waits]
@@ -61,7 +68,7 @@ class Simulation:
 def run_schedule(
     seed: int, settings: Settings | None = None, scheduler_class: type | None = None
 ) -> Simulation:
-    """Run the schedule of a seed to its end; the simulation, for what else one wants to know of it."""
+    """Run the schedule of a seed to its end, now and then a sudden one; the simulation, for who asks more."""
     rng = random.Random(seed)
     chosen = random_settings(rng)
     simulation = Simulation(settings or chosen, scheduler_class)
@@ -70,7 +77,10 @@ def run_schedule(
         for _ in range(rng.choice([0, 0, 1, 2, 5, 12])):
             _disturb(rng, simulation.engine)
             simulation.step()
-    simulation.finish()
+    if rng.random() < 0.02:
+        simulation.shut_down()
+    else:
+        simulation.finish()
     return simulation
 
 
@@ -93,8 +103,9 @@ def _arrive(rng: random.Random, engine: Engine) -> None:
         salt=salt,
         priority=priority,
         checkpoint=rng.random() < 0.3,
-        start=rng.choice(kept) if kept and rng.random() < 0.5 else None,
+        start=rng.choice([*kept, "none/0"]) if kept and rng.random() < 0.5 else None,
         drop=rng.choice(kept).split("/")[0] if kept and rng.random() < 0.2 else None,
+        live=rng.random() < 0.2,
     )
 
 

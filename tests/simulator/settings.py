@@ -25,6 +25,10 @@ class Settings:
         budget: tokens in a step; less than a prompt makes chunks of it.
         window: of a second group of layers, with sliding-window attention; None for full attention alone.
         slow_scripts: a turn of a script takes up to so many looks at it.
+        reserve_whole: a request is admitted when all of its tokens have room, not only its first chunk.
+        watermark: the part of the blocks that must stay free when a request is admitted.
+        longest_chunk: tokens of a prompt in one step, while others wait; 0 for no bound.
+        few_masks: the table of masks holds no more rows than two steps need.
     """
 
     asynchronous: bool = True
@@ -38,6 +42,11 @@ class Settings:
     policy: str = "fcfs"
     window: int | None = None
     slow_scripts: int = 0
+    reserve_whole: bool = True
+    watermark: float = 0.0
+    longest_chunk: int = 0
+    log_stats: bool = False
+    few_masks: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -60,6 +69,11 @@ def random_settings(rng: random.Random) -> Settings:
         policy=rng.choice(["fcfs", "fcfs", "priority"]),
         window=rng.choice([None] * 7 + [12]),
         slow_scripts=rng.choice([0, 0, 3]),
+        reserve_whole=rng.random() < 0.7,
+        watermark=rng.choice([0.0, 0.0, 0.05]),
+        longest_chunk=rng.choice([0, 0, 0, 3]),
+        log_stats=rng.random() < 0.2,
+        few_masks=rng.random() < 0.3,
     )
 
 
@@ -113,6 +127,9 @@ def vllm_config(settings: Settings) -> Any:
     scheduler.max_num_batched_tokens = settings.budget
     scheduler.max_model_len = settings.context
     scheduler.policy = settings.policy
+    scheduler.scheduler_reserve_full_isl = settings.reserve_whole
+    scheduler.watermark = settings.watermark
+    scheduler.long_prefill_token_threshold = settings.longest_chunk
     return config
 
 

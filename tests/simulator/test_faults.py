@@ -11,7 +11,9 @@ import pytest
 import aici_vllm.engine.blocks as blocks
 import aici_vllm.engine.scheduler as scheduler_module
 from aici_vllm.controller.group import Group
+from aici_vllm.controller.sequence import Sequence
 from aici_vllm.engine.controlled import Controlled
+from aici_vllm.engine.masks import Lanes, MaskTable
 from aici_vllm.engine.scheduler import Scheduler
 from tests.simulator.schedules import run_schedule
 from tests.simulator.settings import Settings
@@ -176,20 +178,47 @@ def discarded_rows_counted_as_passes(patch: Patch) -> None:
     patch.setattr(Controlled, "discard_row", lambda self: None)
 
 
+def two_branches_in_one_lane(patch: Patch) -> None:
+    def make(take: Any) -> Any:
+        return lambda self: 0 * take(self)
+
+    wrapped(patch, Lanes, "take", make)
+
+
+def mask_row_given_away_while_it_is_used(patch: Patch) -> None:
+    def make(slot_of: Any) -> Any:
+        def always_the_first(self: MaskTable, key: Any) -> int:
+            return 0 if self._keys else int(slot_of(self, key))
+
+        return always_the_first
+
+    wrapped(patch, MaskTable, "_take_slot", make)
+
+
+def taking_back_not_told_to_who_watches(patch: Patch) -> None:
+    def make(note: Any) -> Any:
+        return lambda self, change, tokens: None if change == "taken_back" else note(self, change, tokens)
+
+    wrapped(patch, Sequence, "_note", make)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (stale_hashes_after_a_splice, ROOMY, "stale hash"),
-    (partial_block_shared_without_a_copy, ROOMY, VLLM_ASSERTS),
+    (partial_block_shared_without_a_copy, ROOMY, f"{VLLM_ASSERTS}|reads block"),
     (copy_read_from_a_copy_not_made_yet, replace(ROOMY, block_size=16), "reads block"),
     (source_of_a_copy_not_held, TIGHT, "is counted"),
     (blocks_past_the_cut_kept, ROOMY, "stale hash"),
     (hashed_block_written_again, ROOMY, VLLM_ASSERTS),
     (blocks_of_an_ended_branch_forgotten, ROOMY, "is over and holds"),
     (overtaken_row_delivered, ROOMY, "."),
-    (one_token_too_many_counted_as_computed, ROOMY, "."),
+    (one_token_too_many_counted_as_computed, replace(ROOMY, asynchronous=False), "reads block"),
     (parked_branch_left_among_the_running, ROOMY, "was scheduled and wants"),
     (slot_of_a_parked_branch_kept, replace(ROOMY, most_running=2), "no free slot"),
     (masks_not_sent, ROOMY, "came to"),
     (masks_made_before_the_token_is_known, ROOMY, "came to"),
+    (two_branches_in_one_lane, ROOMY, "came to"),
+    (mask_row_given_away_while_it_is_used, ROOMY, "came to"),
+    (taking_back_not_told_to_who_watches, ROOMY, "events told"),
     (waiting_branches_not_woken, ROOMY, "sleeps"),
     (blocks_of_idle_branches_not_reclaimed, replace(TIGHT, spare_blocks=0), "."),
     (output_not_folded_into_the_prompt, replace(ROOMY, v2=False), "."),

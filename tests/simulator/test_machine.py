@@ -72,6 +72,9 @@ engines = st.builds(
     policy=st.sampled_from(["fcfs", "priority"]),
     window=st.sampled_from([None, None, None, 12]),
     slow_scripts=st.sampled_from([0, 2]),
+    reserve_whole=st.booleans(),
+    few_masks=st.booleans(),
+    longest_chunk=st.sampled_from([0, 3]),
 )
 
 
@@ -96,6 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
         salt=st.sampled_from([None, "a"]),
         priority=st.integers(0, 1),
         checkpoint=st.booleans(),
+        live=st.booleans(),
         goes_on=st.booleans(),
     )
     def controlled_request(self, goes_on: bool, **arguments: Any) -> None:
