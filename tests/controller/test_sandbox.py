@@ -48,7 +48,14 @@ def processes() -> list[int]:
         for listing in Path(f"/proc/{os.getpid()}/task").glob("*/children")
         for pid in listing.read_text().split()
     ]
-    return [pid for pid in children if "monty" in Path(f"/proc/{pid}/comm").read_text()]
+    return [pid for pid in children if "monty" in _name(pid)]
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "ended meanwhile"
 
 
 def until(condition: Callable[[], bool], pool: SandboxPool, seconds: float = 20) -> None:
