@@ -201,6 +201,66 @@ def wrap_allocation(manager: Any, wrap: Callable[[Callable[..., Any]], Callable[
     manager.allocate_slots = wrap(manager.allocate_slots)
 
 
+def send_output_tokens(scheduler_output: Any, requests: dict[str, Any]) -> None:
+    """Have queued requests travel with the output they already have; for Model Runner V1.
+
+    vLLM tells its V1 only the prompt of a request that it queues. V2 is told all tokens, in the field that
+    is used here for both; see `OutputTokens`.
+    """
+    for new in scheduler_output.scheduled_new_reqs:
+        request = requests[new.req_id]
+        if new.prefill_token_ids is None and request.num_output_tokens:
+            new.prefill_token_ids = list(request.all_token_ids)
+
+
+class OutputTokens:
+    """Gives requests that Model Runner V1 takes (back) into its batch the output they arrived with.
+
+    By itself, V1 takes a request from the queue only as one without output, and so its penalties would
+    count what stood before a splice or a fork as prompt. It takes one back from preemption with output:
+    here a queued one enters the batch in the same state. V2 needs no help.
+    """
+
+    def __init__(self, model_runner: Any):
+        self._runner = model_runner
+        self._batch: Any = None
+        self._arrived: dict[str, list[int]] = {}
+
+    def expect(self, scheduler_output: Any) -> None:
+        """Note the output of the requests that enter the batch with this step."""
+        self._arrived = {
+            new.req_id: new.prefill_token_ids[new.prompt_len :]
+            for new in scheduler_output.scheduled_new_reqs
+            if new.prefill_token_ids is not None
+        }
+        if self._arrived and self._batch is not getattr(self._runner, "input_batch", None):
+            self._wrap(self._runner.input_batch)
+
+    def _wrap(self, batch: Any) -> None:
+        original = batch.add_request
+
+        def add_request(request: Any) -> Any:
+            output = self._arrived.pop(request.req_id, None)
+            if output is not None:
+                request.output_token_ids = output
+                self._seed(request)
+            return original(request)
+
+        batch.add_request = add_request
+        self._batch = batch
+
+    def _seed(self, request: Any) -> None:
+        """Make the generator of a request that became a sampling one only now."""
+        from vllm.sampling_params import SamplingType
+
+        params = request.sampling_params
+        if request.generator is None and params.sampling_type == SamplingType.RANDOM_SEED:
+            import torch
+
+            request.generator = torch.Generator(device=self._runner.device)
+            request.generator.manual_seed(params.seed)
+
+
 def platform_worker_class() -> type:
     """The worker class that vLLM would choose here with `--worker-cls auto`."""
     from vllm.platforms import current_platform

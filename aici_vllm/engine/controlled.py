@@ -57,20 +57,16 @@ class Controlled:
         """How many tokens have their KV for sure: steps in flight do not count."""
         return self.request.num_computed_tokens - self.request.num_output_placeholders
 
-    def adopt_tokens(self, fold: bool) -> None:
-        """Make the request's tokens and block hashes those of the branch, from `kept` on.
-
-        With `fold`, for Model Runner V1, everything becomes prompt: it takes a known request back only
-        as one that has no output yet.
-        """
+    def adopt_tokens(self) -> None:
+        """Make the request's tokens those of the branch, from `kept` on."""
         request, sequence = self.request, self.branch.sequence
-        prompt_len = len(sequence) if fold else sequence.prompt_len
+        prompt_len = sequence.prompt_len
         del request._all_token_ids[sequence.kept :]
         request._all_token_ids.extend(sequence.tokens[sequence.kept :])
         request._output_token_ids[:] = sequence.tokens[prompt_len:]
         request.prompt_token_ids = sequence.tokens[:prompt_len]
         request.num_prompt_tokens = prompt_len
-        request.max_tokens = sequence.prompt_len + self.branch.group.max_tokens - prompt_len
+        request.max_tokens = self.branch.group.max_tokens
         if request.num_output_tokens:
             # vLLM keeps prefill statistics only of requests that start with nothing but a prompt.
             request.num_preemptions = max(request.num_preemptions, 1)

@@ -37,7 +37,7 @@ from aici_vllm.engine.admission import (
 )
 from aici_vllm.engine.blocks import can_share, drop_copies, keep_prefix, share_prefix
 from aici_vllm.engine.checkpoints import Checkpoints
-from aici_vllm.engine.compat import require_supported, wrap_allocation
+from aici_vllm.engine.compat import require_supported, send_output_tokens, wrap_allocation
 from aici_vllm.engine.controlled import (
     FINISH,
     Controlled,
@@ -155,6 +155,7 @@ class Scheduler(AsyncScheduler):
                     member.computed_tokens += num_tokens
                     if member.request.num_output_placeholders:
                         waits_for_token = True
+            send_output_tokens(scheduler_output, self.requests)
         if self._step_members:
             self.telemetry.computed(len(self._step_members))
         super()._update_after_schedule(scheduler_output)
@@ -282,7 +283,7 @@ class Scheduler(AsyncScheduler):
         request._block_hasher = source._block_hasher
         request.block_hashes = source.block_hashes[: kept // self.hash_block_size]
         sequence.kept = 0
-        child.adopt_tokens(fold=not self.use_v2_model_runner)
+        child.adopt_tokens()
         request.update_block_hashes()
         if child.branch.next is not Next.END:
             shared = max(min(computed, kept, len(sequence) - 1), 0)
@@ -322,7 +323,7 @@ class Scheduler(AsyncScheduler):
         if computed < request.num_computed_tokens:
             request.num_computed_tokens = keep_prefix(self.kv_cache_manager, request, computed)
         del request.block_hashes[sequence.kept // self.hash_block_size :]
-        member.adopt_tokens(fold=not self.use_v2_model_runner)
+        member.adopt_tokens()
         request.update_block_hashes()
         if (source := self._source_of(member)) is not None:
             if source.promised:
