@@ -19,6 +19,8 @@ class BranchResult:
         text, token_ids: what follows the prompt.
         sources: runs of tokens of one origin: [("spliced", 5), ("sampled", 2)].
         finish_reason: stop, length, fail, deadlock or abort.
+        stop_reason: the client's stop string or token that ended it; None if none did.
+        logprobs: of each token, 0.0 for spliced ones; None unless the client asked for logprobs.
         error: why it failed; None unless it did.
         logs: what the script printed, and what it fixed and generated.
         checkpoint: the name under which the engine kept the branch; None if it did not.
@@ -32,6 +34,8 @@ class BranchResult:
     error: str | None
     logs: str
     checkpoint: str | None
+    stop_reason: str | int | None = None
+    logprobs: list[float] | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class ControllerResult:
 
 
 def _branch_result(found: dict[str, Any]) -> BranchResult:
-    values = {name: found[name] for name in BranchResult.__dataclass_fields__}
+    values = {name: found[name] for name in BranchResult.__dataclass_fields__ if name in found}
     return BranchResult(**{**values, "sources": [(kind, count) for kind, count in found["sources"]]})
 
 

@@ -23,6 +23,7 @@ from aici_vllm.controller.log import Log
 from aici_vllm.controller.program import Program, Raised, Returned
 from aici_vllm.controller.sampling import Generation, MaskedToken, Sampling
 from aici_vllm.controller.sequence import Sequence
+from aici_vllm.controller.stops import Stop as ClientStop
 
 if TYPE_CHECKING:
     from aici_vllm.controller.group import Group
@@ -56,6 +57,7 @@ class Branch:
         self.wanted: tuple[str, ...] = ()
         self.forks: list[BranchDecision] = []
         self.finish_reason: str | None = None
+        self.stopped_by: ClientStop | None = None
         self.error: str | None = None
         self.log = Log(group.limits.log_bytes)
         self.log_level = 1
@@ -67,7 +69,12 @@ class Branch:
 
     @property
     def settled(self) -> int:
-        """How many tokens nothing can take back any more: these may be streamed."""
+        """How many tokens nothing can take back any more: these may be streamed.
+
+        The token that completed a client's stop goes out with the end, which says how much of it is seen.
+        """
+        if self.stopped_by is not None:
+            return len(self.sequence) - 1
         if self.next is Next.END or not self.may_take_back:
             return len(self.sequence.tokens)
         return self.sequence.settled()
@@ -89,6 +96,11 @@ class Branch:
         self.sequence.add_sampled(token)
         sampling = self.sampling
         assert sampling is not None
+        if self.group.stops is not None:
+            stop = self._find_stop(len(self.sequence) - 1, [token])
+            if stop is not None:
+                self._stop(stop)
+                return False
         try:
             if sampling.accept(token):
                 # `_await_token` left the length at which the branch must end.
@@ -190,7 +202,7 @@ class Branch:
         try:
             missing = self.group.min_tokens - (len(self.sequence) - self.sequence.prompt_len)
             awaited.min_tokens = max(awaited.min_tokens, missing)
-            self.sampling = Generation(awaited, self.group.vocabulary)
+            self.sampling = Generation(awaited, self.group.vocabulary, *self._barred())
             forced = self.sampling.take_forced()
         except Exception as error:
             return self._raise(error)
@@ -307,11 +319,34 @@ class Branch:
             )
             return False
         room = self.group.max_tokens - (position - min(position, self.sequence.prompt_len))
-        self.sequence.splice(position, tokens[:room])
-        if len(tokens) > room:
+        fitting = tokens[:room]
+        stop = self._find_stop(position, fitting)
+        self.sequence.splice(position, fitting if stop is None else fitting[: stop.index + 1])
+        if stop is not None:
+            self._stop(stop)
+        elif len(tokens) > room:
             self.end("length")
-            return False
-        return True
+        return self.next is not Next.END
+
+    def _find_stop(self, position: int, tokens: list[int]) -> ClientStop | None:
+        """The first of the client's stops that `tokens`, put at `position`, complete."""
+        stops, sequence = self.group.stops, self.sequence
+        if stops is None:
+            return None
+        start = min(sequence.prompt_len, position)
+        return stops.find(self.group.vocabulary, sequence.tokens, start, position, tokens)
+
+    def _barred(self) -> tuple[frozenset[int], int]:
+        """The client's stop tokens, and how many tokens must come before one of them may."""
+        stops = self.group.stops
+        if stops is None:
+            return frozenset(), 0
+        used = len(self.sequence) - self.sequence.prompt_len
+        return stops.tokens, max(stops.min_tokens - used, 0)
+
+    def _stop(self, stop: ClientStop) -> None:
+        self.stopped_by = stop
+        self.end("stop")
 
     def _await_token(self) -> bool:
         """Leave it to the engine to sample; True when it cannot and the program was told."""

@@ -6,6 +6,7 @@ from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Program, error_line
 from aici_vllm.controller.sequence import Sequence
+from aici_vllm.controller.stops import Stops
 from aici_vllm.controller.variables import Variables
 from constraints import Vocabulary
 
@@ -21,6 +22,7 @@ class Group:
         max_tokens: budget of each branch after the prompt; spliced tokens count.
         min_tokens: how many tokens a branch has before a generation may end it with EOS.
         context: the longest sequence the model can hold.
+        stops: what ends a branch from outside its script.
         arg: the string that came with the controller.
     """
 
@@ -34,6 +36,7 @@ class Group:
         context: int,
         limits: Limits | None = None,
         arg: str = "",
+        stops: Stops | None = None,
     ):
         self.vocabulary = vocabulary
         self.max_tokens = max_tokens
@@ -41,6 +44,7 @@ class Group:
         self.context = context
         self.limits = limits or Limits()
         self.arg = arg
+        self.stops = stops
         self.variables = Variables(self.limits.variable_bytes)
         self.branches = [Branch(self, 0, Sequence(prompt))]
 

@@ -56,11 +56,13 @@ class Generation:
     """One `gen_tokens`: a constraint, a budget and a place to stop."""
 
     __slots__ = (
+        "_barred",
+        "_barred_until",
         "_constraint",
         "_eos",
         "_error",
-        "_min_tokens",
         "_goes_on_below",
+        "_min_tokens",
         "_tail",
         "_vocabulary",
         "dead_end",
@@ -69,8 +71,13 @@ class Generation:
         "tokens",
     )
 
-    def __init__(self, request: Generate, vocabulary: Vocabulary):
+    def __init__(
+        self, request: Generate, vocabulary: Vocabulary, barred: frozenset[int] = frozenset(), until: int = 0
+    ):
+        """`barred` are tokens that may not come before `until` others have."""
         self.request = request
+        self._barred = barred
+        self._barred_until = until if barred else 0
         self._constraint = request.constraint
         self._vocabulary = vocabulary
         self._error: Exception | None = None
@@ -125,9 +132,11 @@ class Generation:
         except Exception as error:
             self._error = error
             return None
-        if key is None or len(self.tokens) >= self._min_tokens:
-            return key
-        return (key, "no eos")
+        if key is None:
+            return None
+        if len(self.tokens) < self._barred_until:
+            key = (key, "without", self._barred)
+        return (key, "no eos") if len(self.tokens) < self._min_tokens else key
 
     def mask_row(self) -> Row:
         try:
@@ -137,10 +146,10 @@ class Generation:
             # fails when its token arrives.
             self._error = error
             return self._vocabulary.eos_row
+        if len(self.tokens) < self._barred_until:
+            row = _less(row, self._vocabulary.token_set(self._barred).row)
         if len(self.tokens) < self._min_tokens:
-            without_eos = row & ~self._vocabulary.eos_row
-            if without_eos.any():
-                return without_eos
+            row = _less(row, self._vocabulary.eos_row)
         # A dead end must still sample something: the end is the only honest token.
         return row if row.any() else self._vocabulary.eos_row
 
@@ -151,6 +160,12 @@ class Generation:
         text = self._tail + self._vocabulary.token_bytes(token)
         self._tail = text[-(len(stop) - 1) :] if len(stop) > 1 else b""
         return stop in text
+
+
+def _less(row: Row, tokens: Row) -> Row:
+    """`row` without `tokens`, unless it has no others."""
+    rest = row & ~tokens
+    return rest if rest.any() else row
 
 
 class MaskedToken:

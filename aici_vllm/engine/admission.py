@@ -10,6 +10,7 @@ A request carries a controller in `SamplingParams.extra_args` (over HTTP: `vllm_
 - `controller_drop`: a name whose checkpoints are not needed any more.
 """
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Coroutine
@@ -29,6 +30,8 @@ FROM = "controller_from"
 DROP = "controller_drop"
 CHOICES = "controller_choices"
 """Set here for the engine: `n` of a request with more than one choice."""
+STOP_TOKENS = "controller_stop_tokens"
+"""Set here for the engine: the client's own stop tokens, before vLLM adds the model's to them."""
 
 INSTALLED_GROUP = "aici_vllm.controllers"
 CONFIG_KEY = "aici"
@@ -105,21 +108,28 @@ def is_name(controller: str) -> bool:
     return _NAME.fullmatch(controller) is not None
 
 
-def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> Any:
-    """Check a request that carries a controller; returns its prompt, filled if it was empty.
+def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> tuple[Any, Any]:
+    """Check a request that carries a controller.
+
+    Returns its prompt, filled if it was empty, and its parameters, with what the engine must know.
 
     Raises:
         BadRequestError: what is wrong and what to change. The server answers HTTP 400.
     """
     if not is_controlled(params):
-        return prompt
+        return prompt, params
     _check_flags(vllm_config)
     _check_controller(vllm_config, params)
     _check_checkpoints(vllm_config, prompt, params.extra_args or {})
     _check_combination(vllm_config, prompt, params)
-    if params.n > 1:
-        params.extra_args[CHOICES] = params.n
-    return _fill_empty(vllm_config, prompt)
+    # A copy: the caller may use its own for other requests.
+    params = copy.copy(params)
+    params.extra_args = {
+        **params.extra_args,
+        CHOICES: params.n,
+        STOP_TOKENS: list(params.stop_token_ids or []),
+    }
+    return _fill_empty(vllm_config, prompt), params
 
 
 def check_arguments(vllm_config: VllmConfig, xargs: dict[str, Any]) -> dict[str, Any]:
@@ -195,12 +205,12 @@ def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingPar
         raise BadRequestError(
             "a request with a controller cannot use structured outputs too: constrain inside the script"
         )
-    if params.stop or params.stop_token_ids:
-        raise BadRequestError("a request with a controller takes no stop strings or tokens: use stop_at=")
-    if params.prompt_logprobs is not None:
-        raise BadRequestError("a request with a controller cannot ask for prompt_logprobs")
-    if params.logprobs is not None:
-        raise BadRequestError("a request with a controller cannot ask for logprobs")
+    if params.prompt_logprobs is not None and FROM in (params.extra_args or {}):
+        raise BadRequestError(f"{FROM} computes no prompt, so there are no prompt_logprobs of it")
+    if params.prompt_logprob_token_ids is not None:
+        raise BadRequestError(
+            "a request with a controller cannot use prompt_logprob_token_ids: use prompt_logprobs"
+        )
 
 
 def _fill_empty(vllm_config: VllmConfig, prompt: Any) -> Any:

@@ -48,8 +48,8 @@ def require_supported() -> None:
         )
 
 
-Admit = Callable[[Any, Any, Any], Any]
-"""(vllm_config, prompt, sampling_params) -> prompt; raises ValueError to refuse the request."""
+Admit = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""(vllm_config, prompt, sampling_params) -> prompt and parameters to use; raises ValueError to refuse."""
 
 
 def admit_requests_with(admit: Admit) -> None:
@@ -70,7 +70,7 @@ def admit_requests_with(admit: Admit) -> None:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            prompt = admit(self.vllm_config, prompt, params)
+            prompt, params = admit(self.vllm_config, prompt, params)
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
         return original(self, request_id, prompt, params, *args, **kwargs)
@@ -194,6 +194,47 @@ def record_stats_with(make: MakeStatLogger) -> None:
 
     init.aici_records = True  # type: ignore[attr-defined]
     StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+
+
+def leave_stops_to_engine(controlled: Callable[[Any], bool]) -> None:
+    """Have the front-end end no request whose parameters are `controlled` because of its text.
+
+    vLLM looks for stop strings where it makes text of tokens, and drops a request there with all that the
+    engine would still say of it. The engine itself ends a controlled one, with the token that completes the
+    stop; what is left to do here is to cut the text.
+    """
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
+
+    original = IncrementalDetokenizer.from_new_request.__func__  # type: ignore[attr-defined]
+    if hasattr(original, "aici_leaves"):
+        return
+
+    def from_new_request(cls: Any, tokenizer: Any, request: Any) -> Any:
+        made = original(cls, tokenizer, request)
+        params = request.sampling_params
+        if isinstance(made, BaseIncrementalDetokenizer) and made.stop and controlled(params):
+            made.update = _update_with_stops_at_the_end(made, params)  # type: ignore[method-assign, assignment]
+        return made
+
+    from_new_request.aici_leaves = True  # type: ignore[attr-defined]
+    IncrementalDetokenizer.from_new_request = classmethod(from_new_request)  # type: ignore[method-assign, assignment]
+
+
+def _update_with_stops_at_the_end(detokenizer: Any, params: Any) -> Callable[[list[int], bool], None]:
+    """A detokenizer's `update` that looks for stop strings only in tokens that end the request.
+
+    vLLM hides the last token of an end it is told of: right for a stop token, wrong for a stop string.
+    """
+    update, strings = detokenizer.update, detokenizer.stop
+    detokenizer.stop = []
+    stop_tokens = set(params.stop_token_ids or ())
+
+    def update_at_the_end(new_token_ids: list[int], stop_terminated: bool) -> None:
+        if stop_terminated and new_token_ids and new_token_ids[-1] not in stop_tokens:
+            detokenizer.stop, stop_terminated = strings, False
+        update(new_token_ids, stop_terminated)
+
+    return update_at_the_end
 
 
 def wrap_allocation(manager: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -4,12 +4,15 @@ import copy
 from dataclasses import dataclass, field
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import Request
 
 from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.group import Group
 from aici_vllm.controller.sampling import Sampling
+from aici_vllm.controller.stops import Stops
+from aici_vllm.engine.admission import STOP_TOKENS
+from aici_vllm.engine.logprobs import BranchLogprobs, certain
 from aici_vllm.engine.masks import LANE
 
 FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -34,6 +37,7 @@ class Controlled:
             scheduled before the last time is stale.
         sent: tokens after the prompt that the client already has.
         checkpoint: the name under which the ended branch is kept.
+        logprobs: of the tokens that the branch sampled, if the client asked for any.
     """
 
     request: Request
@@ -51,6 +55,11 @@ class Controlled:
     sent: int = 0
     checkpoint: str | None = None
     finished: bool = False
+    logprobs: BranchLogprobs | None = None
+
+    def __post_init__(self) -> None:
+        if (num_logprobs := self.params.num_logprobs) is not None:
+            self.logprobs = BranchLogprobs(num_logprobs)
 
     @property
     def computed(self) -> int:
@@ -104,8 +113,34 @@ class Controlled:
 
     def take_settled(self) -> list[int]:
         """The tokens that the client may see next."""
+        return self._take(self.branch.settled)
+
+    def settled_outputs(self) -> list[EngineCoreOutput]:
+        """Outputs with the tokens that the client may see next."""
+        return self._outputs(self.branch.settled)
+
+    def rest_outputs(self) -> list[EngineCoreOutput]:
+        """Outputs with all tokens that the client has not seen."""
+        return self._outputs(len(self.branch.sequence))
+
+    def eos_output(self, token: int) -> EngineCoreOutput:
+        """An output of one token that no branch has."""
+        return EngineCoreOutput(
+            self.request.request_id, [token], new_logprobs=None if self.logprobs is None else certain(token)
+        )
+
+    def _outputs(self, end: int) -> list[EngineCoreOutput]:
+        sequence, request_id = self.branch.sequence, self.request.request_id
+        start = sequence.prompt_len + self.sent
+        tokens = self._take(end)
+        if self.logprobs is None or not tokens:
+            return [EngineCoreOutput(request_id, tokens)] if tokens else []
+        runs = self.logprobs.runs(sequence, start, end)
+        return [EngineCoreOutput(request_id, run, new_logprobs=rows) for run, rows in runs]
+
+    def _take(self, end: int) -> list[int]:
         sequence = self.branch.sequence
-        tokens = sequence.tokens[sequence.prompt_len + self.sent : self.branch.settled]
+        tokens = sequence.tokens[sequence.prompt_len + self.sent : end]
         self.sent += len(tokens)
         return tokens
 
@@ -121,6 +156,7 @@ class ControlledGroup:
         start: the checkpoint that the prompt and its KV come from; `refused` says why there is none.
         checkpoint: the name under which branches are kept when they end.
         drop: the name of checkpoints to forget once the request has begun.
+        unscored: the prompt is being computed by itself, for its logprobs, before the script starts.
     """
 
     group: Group
@@ -134,6 +170,7 @@ class ControlledGroup:
     drop: str | None = None
     seats: dict[int, Request] = field(default_factory=dict)
     members: dict[int, Controlled] = field(default_factory=dict)
+    unscored: bool = False
 
     @property
     def root(self) -> Controlled:
@@ -169,3 +206,23 @@ def child_request(parent: Controlled, branch: Branch, request_id: str) -> Reques
         cache_salt=source.cache_salt,
         priority=source.priority,
     )
+
+
+def client_stops(params: SamplingParams) -> Stops | None:
+    """What the client wants branches to end at; None if nothing."""
+    strings = params.stop or []
+    strings = [strings] if isinstance(strings, str) else strings
+    tokens = (params.extra_args or {}).get(STOP_TOKENS, [])
+    if not strings and not tokens:
+        return None
+    shown, min_tokens = params.include_stop_str_in_output, params.min_tokens
+    return Stops(tuple(strings), frozenset(tokens), shown=shown, min_tokens=min_tokens)
+
+
+def without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
+    """`params` of a request whose prompt was computed already."""
+    params = copy.copy(params)
+    params.prompt_logprobs = None
+    # vLLM sets it because of them.
+    params.skip_reading_prefix_cache = None
+    return params

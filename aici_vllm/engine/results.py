@@ -32,27 +32,38 @@ def results(group: ControlledGroup) -> dict[str, Any]:
 
 def _branch(member: Controlled) -> dict[str, Any]:
     branch = member.branch
-    tokens = branch.sequence.tokens[branch.sequence.prompt_len :]
+    sequence = branch.sequence
+    parts = _parts(branch)
     return {
         "index": branch.index,
-        "text": branch.group.vocabulary.detokenize(tokens).decode(errors="replace"),
-        "token_ids": tokens,
-        "parts": _parts(branch),
-        "sources": [list(run) for run in branch.sequence.sources()],
+        "text": b"".join(text for _, text in parts).decode(errors="replace"),
+        "token_ids": sequence.tokens[sequence.prompt_len :],
+        "parts": [{"source": source, "text": text.decode(errors="replace")} for source, text in parts],
+        "sources": [list(run) for run in sequence.sources()],
+        "logprobs": member.logprobs and member.logprobs.chosen(sequence, sequence.prompt_len),
         "finish_reason": branch.finish_reason,
+        "stop_reason": branch.stopped_by and branch.stopped_by.reason,
         "error": branch.error,
         "logs": str(branch.log),
         "checkpoint": member.checkpoint,
     }
 
 
-def _parts(branch: Branch) -> list[dict[str, str]]:
-    """The text in runs of one source. A character split between two runs shows as U+FFFD in both."""
+def _parts(branch: Branch) -> list[tuple[str, bytes]]:
+    """The text in runs of one source, less what a client's stop hides at its end.
+
+    A character split between two runs shows as U+FFFD in both.
+    """
     parts, at = [], branch.sequence.prompt_len
     for source, count in branch.sequence.sources():
-        text = branch.group.vocabulary.detokenize(branch.sequence.tokens[at : at + count])
-        parts.append({"source": source, "text": text.decode(errors="replace")})
+        parts.append((source, branch.group.vocabulary.detokenize(branch.sequence.tokens[at : at + count])))
         at += count
+    hidden = branch.stopped_by.hidden if branch.stopped_by is not None else 0
+    while hidden:
+        source, text = parts.pop()
+        if len(text) > hidden:
+            parts.append((source, text[:-hidden]))
+        hidden = max(hidden - len(text), 0)
     return parts
 
 

@@ -43,6 +43,8 @@ from aici_vllm.engine.controlled import (
     Controlled,
     ControlledGroup,
     child_request,
+    client_stops,
+    without_prompt_logprobs,
     worker_params,
 )
 from aici_vllm.engine.live import LIVE, LiveViews
@@ -87,6 +89,8 @@ class Scheduler(AsyncScheduler):
         self._unsettled: dict[ControlledGroup, None] = {}
         self._outputs: list[tuple[int, EngineCoreOutput]] = []
         self._step_members: list[tuple[Controlled, int]] = []
+        self._step_output: ModelRunnerOutput | None = None
+        self._prompt_logprobs: dict[str, Any] = {}
         wrap_allocation(self.kv_cache_manager, self._taking_idle_blocks)
 
     # Requests come and go.
@@ -103,11 +107,7 @@ class Scheduler(AsyncScheduler):
         else:
             self._adopt_root(group, request)
         if len(group.members) + len(group.seats) == group.choices:
-            if group.refused is not None:
-                group.group.root.fail(group.refused)
-            else:
-                group.group.start(partial(self.programs.make, group.controller, group.group.arg))
-            self._settle(group)
+            self._begin(group)
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         ids = [request_ids] if isinstance(request_ids, str) else request_ids
@@ -179,11 +179,14 @@ class Scheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         earlier, self._outputs = self._outputs, []
+        self._step_output = model_runner_output
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client_index, output in reversed(earlier):
             outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.insert(0, output)
         unsettled, self._unsettled = self._unsettled, {}
         for group in unsettled:
+            if group.unscored:
+                self._start(group)
             self._settle(group)
         if self._thinking:
             self._hold_up_for_scripts()
@@ -211,14 +214,20 @@ class Scheduler(AsyncScheduler):
             return super()._update_request_with_output(request, new_token_ids, is_stale)
         if not is_stale:
             request.num_output_placeholders -= len(new_token_ids)
+        if member.group.unscored:
+            self._take_prompt_logprobs(member.group)
+            return [], False
         settled: list[int] = []
         for token in new_token_ids:
+            self._note_logprobs(member)
             request.append_output_token_ids(token)
             if not member.branch.accept(token):
                 self._unsettled[member.group] = None
                 break
         else:
-            if member.choice and not self.live_views.withholds_tokens(member.group):
+            if member.logprobs is not None or request.request_id in self._prompt_logprobs:
+                self._send_settled(member)
+            elif member.choice and not self.live_views.withholds_tokens(member.group):
                 settled = member.take_settled()
         if member.awaited:
             self._unsettled[member.group] = None
@@ -228,7 +237,53 @@ class Scheduler(AsyncScheduler):
         # What vLLM gets here it sends; whether a branch stops is decided when its group is settled.
         return settled, False
 
+    # What the client asked to be told of the model.
+
+    def _begin(self, group: ControlledGroup) -> None:
+        """Start a group whose choices have all arrived, or have its prompt computed first."""
+        root = group.root
+        if root.params.prompt_logprobs is None:
+            self._start(group)
+            self._settle(group)
+            return
+        # A script may take the prompt back before it was computed, so the prompt is computed as a plain
+        # request's. The token that comes with its logprobs is not the branch's.
+        group.unscored = True
+        self._enqueue(root)
+
+    def _take_prompt_logprobs(self, group: ControlledGroup) -> None:
+        """Keep the logprobs of the prompt for each choice, and compute the prompt no more."""
+        assert self._step_output is not None
+        root = group.root
+        found = self._step_output.prompt_logprobs_dict.pop(root.request.request_id, None)
+        for request in [root.request, *group.seats.values()]:
+            if found is not None:
+                self._prompt_logprobs[request.request_id] = found
+            request.skip_reading_prefix_cache = False
+            assert request.sampling_params is not None
+            request.sampling_params = without_prompt_logprobs(request.sampling_params)
+        assert root.request.sampling_params is not None
+        root.params = root.request.sampling_params
+        self._unsettled[group] = None
+
+    def _note_logprobs(self, member: Controlled) -> None:
+        """Keep what this step says of the token that the branch is about to accept."""
+        if member.logprobs is not None:
+            output = self._step_output
+            assert output is not None and output.logprobs is not None
+            row = output.logprobs.slice_request(output.req_id_to_index[member.request.request_id], 1)
+            member.logprobs.add(len(member.branch.sequence), row)
+
     # What branches want, carried out.
+
+    def _start(self, group: ControlledGroup) -> None:
+        if group.unscored:
+            group.unscored = False
+            self._park(group.root)
+        if group.refused is not None:
+            group.group.root.fail(group.refused)
+        else:
+            group.group.start(partial(self.programs.make, group.controller, group.group.arg))
 
     def _settle(self, group: ControlledGroup) -> None:
         """Go on until every branch of the group waits: for a token, its script, a variable, or nothing."""
@@ -274,6 +329,7 @@ class Scheduler(AsyncScheduler):
             request = seat or child_request(parent, child, f"{group.root_id}/{child.index}")
             member = self._adopt(group, child, request)
             member.choice = seat is not None
+            member.logprobs = parent.logprobs and parent.logprobs.copy()
             self._inherit(parent.request, parent.computed, member)
 
     def _inherit(self, source: Request, computed: int, child: Controlled) -> None:
@@ -333,9 +389,12 @@ class Scheduler(AsyncScheduler):
             request.num_computed_tokens = share_prefix(
                 self.kv_cache_manager, source.member.request, request, source.num_tokens
             )
+        self._enqueue(member)
+
+    def _enqueue(self, member: Controlled) -> None:
         member.parked = False
-        request.status = RequestStatus.WAITING
-        self._enqueue_waiting_request(request)
+        member.request.status = RequestStatus.WAITING
+        self._enqueue_waiting_request(member.request)
 
     def _source_of(self, member: Controlled) -> Source | None:
         siblings = list(member.group.members.values())
@@ -405,18 +464,18 @@ class Scheduler(AsyncScheduler):
         """Send a choice's last output; vLLM drops the text of a token that comes with a stop."""
         request, branch = member.request, member.branch
         streamed = member.group.streamed
+        # A client's stop was completed by the last token, which must come with the end.
+        *earlier, output = member.rest_outputs() or [EngineCoreOutput(request.request_id, [])]
         if streamed and not member.sent:
             # vLLM's servers swallow a stream's end when no token came before it.
-            self._send(request, EngineCoreOutput(request.request_id, [self.vocabulary.eos_token_id]))
+            earlier.append(member.eos_output(self.vocabulary.eos_token_id))
+        for one in earlier:
+            self._send(request, one)
         assert branch.finish_reason is not None
-        output = EngineCoreOutput(
-            request.request_id,
-            member.take_settled(),
-            finish_reason=FINISH.get(branch.finish_reason, FinishReason.ABORT),
-            stop_reason=branch.error,
-            kv_transfer_params=found,
-            trace_headers=request.trace_headers,
-        )
+        output.finish_reason = FINISH.get(branch.finish_reason, FinishReason.ABORT)
+        output.stop_reason = branch.error if branch.stopped_by is None else branch.stopped_by.reason
+        output.kv_transfer_params = found
+        output.trace_headers = request.trace_headers
         if found is not None and streamed:
             output.stop_reason = json.dumps({RESULTS_KEY: found[RESULTS_KEY]})
         self._send(request, output)
@@ -448,6 +507,8 @@ class Scheduler(AsyncScheduler):
     def _drop(self, group: ControlledGroup) -> None:
         self._thinking.discard(group)
         self._unsettled.pop(group, None)
+        for request in [*group.seats.values(), *(member.request for member in group.members.values())]:
+            self._prompt_logprobs.pop(request.request_id, None)
         self._groups.pop(group.root_id, None)
         self.live_views.forget(group)
         self.telemetry.ended(group)
@@ -469,6 +530,7 @@ class Scheduler(AsyncScheduler):
                 context=self.max_model_len,
                 limits=self.limits,
                 arg=args.get(CONTROLLER_ARG, ""),
+                stops=client_stops(params),
             )
             streamed = params.output_kind is RequestOutputKind.DELTA
             self._groups[root_id] = ControlledGroup(
@@ -527,13 +589,15 @@ class Scheduler(AsyncScheduler):
     def _send_settled(self, member: Controlled) -> None:
         if self.live_views.withholds_tokens(member.group):
             return
-        if member.choice and (tokens := member.take_settled()):
-            output = EngineCoreOutput(member.request.request_id, tokens)
-            output.events = member.request.take_events()
-            output.prefill_stats = member.request.take_prefill_stats()
-            self._send(member.request, output)
+        if member.choice:
+            for output in member.settled_outputs():
+                self._send(member.request, output)
 
     def _send(self, request: Request, output: EngineCoreOutput) -> None:
+        if output.new_token_ids:
+            output.events = request.take_events()
+            output.prefill_stats = request.take_prefill_stats()
+        output.new_prompt_logprobs_tensors = self._prompt_logprobs.pop(request.request_id, None)
         self._outputs.append((request.client_index, output))
 
     def _taking_idle_blocks(self, allocate_slots: Callable[..., Any]) -> Callable[..., Any]:

@@ -143,7 +143,7 @@ class VLLMFront:
         """
         config = self._engine.vllm_config
         try:
-            prompt = admission.admit(config, rendered.prompt, params)
+            prompt, _ = admission.admit(config, rendered.prompt, params)
         except ValueError as error:
             raise bad_request(str(error)) from None
         if prompt.get("prompt_token_ids") == []:

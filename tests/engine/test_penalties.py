@@ -1,4 +1,4 @@
-"""Penalties count what a branch's text really holds: arithmetic on the logits of `transformers` says what is best."""
+"""Penalties count what a branch's text really holds, by arithmetic on the logits of `transformers`."""
 
 import json
 import random
@@ -23,7 +23,7 @@ reference_of = cache(Reference)
 
 
 def penalized(logits: torch.Tensor, prompt: list[int], output: list[int]) -> torch.Tensor:
-    """Logits after the three penalties, as their definitions say: repetition first, prompt included there only."""
+    """Logits after the three penalties: repetition counts the prompt too, the others do not."""
     logits = logits.clone()
     for token in {*prompt, *output}:
         factor = PENALTIES["repetition_penalty"]

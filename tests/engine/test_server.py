@@ -277,11 +277,107 @@ def test_min_tokens_and_ignore_eos_hold_off_the_end(server: Server) -> None:
         assert answer.kv_transfer_params["controller"]["usage"]["sampled_tokens"] >= 25
 
 
-@pytest.mark.parametrize("more", [{"stop": ["x"]}, {"logprobs": 1}, {"extra": {"stop_token_ids": [5]}}])
-def test_parameters_that_would_be_ignored_get_a_400(server: Server, more: dict[str, Any]) -> None:
-    extra = {"vllm_xargs": {"controller": GREETING.format("pass")}, **more.pop("extra", {})}
-    with pytest.raises(openai.BadRequestError, match="controller"):
-        server.client.completions.create(model="m", prompt="", extra_body=extra, **more)
+def streamed(server: Server, script: str, **more: Any) -> tuple[str, Any, dict[str, Any], list[Any]]:
+    """A stream's text, last choice, results, and logprobs of each token as (token, logprob)."""
+    text, logprobs, last = "", [], None
+    for chunk in server.complete(script, stream=True, **more):
+        last = chunk.choices[0]
+        text += last.text
+        if last.logprobs is not None:
+            logprobs += zip(last.logprobs.tokens, last.logprobs.token_logprobs, strict=True)
+    assert last is not None
+    return text, last, json.loads(last.stop_reason)["controller"], logprobs
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_stop_string_ends_the_text_and_the_results_arrive(server: Server, shown: bool) -> None:
+    script = GREETING.format("await aici.FixedTokens(' one two three'); aici.set_var('never', 'x')")
+    extra = {"include_stop_str_in_output": shown, "vllm_xargs": {"controller": script}}
+    more: dict[str, Any] = {
+        "prompt": "",
+        "model": "m",
+        "max_tokens": 50,
+        "stop": ["o th", "never"],
+        "extra_body": extra,
+    }
+    answer = server.client.completions.create(**more)
+    choice, results = answer.choices[0], answer.kv_transfer_params["controller"]
+    expected = "Hello one two th" if shown else "Hello one tw"
+    assert choice.text == results["branches"][0]["text"] == expected
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", "o th")
+    chunks = [chunk.choices[0] for chunk in server.client.completions.create(stream=True, **more)]
+    assert "".join(chunk.text for chunk in chunks) == expected
+    assert chunks[-1].finish_reason == "stop"
+    assert json.loads(chunks[-1].stop_reason)["controller"]["branches"] == results["branches"]
+    assert results["branches"][0]["stop_reason"] == "o th"
+
+
+def test_a_stop_token_ends_the_text(server: Server) -> None:
+    script = GREETING.format("await aici.FixedTokens(' one two three')")
+    whole = server.run(script)["branches"][0]["token_ids"]
+    extra = {"stop_token_ids": [whole[2]], "vllm_xargs": {"controller": script}}
+    answer = server.client.completions.create(model="m", prompt="", max_tokens=50, extra_body=extra)
+    assert (answer.choices[0].text, answer.choices[0].stop_reason) == ("Hello one", whole[2])
+    assert answer.kv_transfer_params["controller"]["branches"][0]["token_ids"] == whole[:3]
+
+
+def test_logprobs_of_a_completion_streamed_and_not(server: Server) -> None:
+    body = (
+        "l = aici.Label(); await aici.gen_tokens(max_tokens=4); await aici.FixedTokens(' so', following=l); "
+    )
+    script = GREETING.format(body + "await aici.gen_tokens(max_tokens=4)")
+    answer = server.complete(script, logprobs=2)
+    results = answer.kv_transfer_params["controller"]["branches"][0]
+    logprobs = answer.choices[0].logprobs
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert logprobs.token_logprobs == pytest.approx(results["logprobs"])
+    zero = [logprob == 0.0 for logprob in logprobs.token_logprobs]
+    assert zero == [kind == "spliced" for kind, count in results["sources"] for _ in range(count)]
+    text, _, again, pairs = streamed(server, script, logprobs=2)
+    assert text == answer.choices[0].text and again["branches"][0] == results
+    assert [token for token, _ in pairs] == logprobs.tokens
+    assert [logprob for _, logprob in pairs] == pytest.approx(logprobs.token_logprobs)
+
+
+def test_logprobs_of_a_stream_without_any_token(server: Server) -> None:
+    script = GREETING.replace("await aici.FixedTokens('Hello')", "await aici.FixedTokens('')").format("pass")
+    assert streamed(server, script, logprobs=1)[:1] == ("",)
+
+
+def test_logprobs_of_a_chat(server: Server) -> None:
+    script = GREETING.format("await aici.gen_tokens(max_tokens=4)")
+    request: dict[str, Any] = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "max_tokens": 50,
+        "temperature": 0.0,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "extra_body": {"vllm_xargs": {"controller": script}},
+    }
+    content = server.client.chat.completions.create(**request).choices[0].logprobs.content
+    assert content[0].token == "Hello" and content[0].logprob == 0.0
+    assert [len(entry.top_logprobs) for entry in content] == [1, 2, 2, 2, 2]
+    assert all(entry.logprob < 0 for entry in content[1:])
+    chunks = server.client.chat.completions.create(stream=True, **request)
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    again = [entry for part in parts if part is not None for entry in part.content]
+    assert [entry.token for entry in again] == [entry.token for entry in content]
+
+
+def test_echo_brings_the_logprobs_of_the_prompt(server: Server) -> None:
+    script = GREETING.format("await aici.gen_tokens(max_tokens=2)")
+    plain = server.client.completions.create(
+        model="m", prompt="The capital of", max_tokens=1, temperature=0.0, echo=True, logprobs=0
+    )
+    answer = server.complete(script, "The capital of", echo=True, logprobs=0)
+    choice = answer.choices[0]
+    assert choice.text.startswith("The capital ofHello")
+    prompt = plain.choices[0].logprobs.token_logprobs[:-1]
+    found = choice.logprobs.token_logprobs
+    assert found[0] is prompt[0] is None
+    assert found[1 : len(prompt)] == pytest.approx(prompt[1:], abs=1e-3)
+    assert found[len(prompt)] == 0.0 and len(found) == len(prompt) + 3
 
 
 FAILS_WHILE_RUNNING = {

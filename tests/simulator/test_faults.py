@@ -160,11 +160,8 @@ def blocks_of_idle_branches_not_reclaimed(patch: Patch) -> None:
     patch.setattr(Scheduler, "_reclaim_blocks", lambda self, wanting: False)
 
 
-def output_not_folded_into_the_prompt(patch: Patch) -> None:
-    def make(adopt: Any) -> Any:
-        return lambda self, fold: adopt(self, fold=False)
-
-    wrapped(patch, Controlled, "adopt_tokens", make)
+def output_not_sent_with_a_queued_request(patch: Patch) -> None:
+    patch.setattr("aici_vllm.engine.scheduler.send_output_tokens", lambda output, requests: None)
 
 
 def output_not_sent_while_no_request_runs(patch: Patch) -> None:
@@ -221,7 +218,7 @@ FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (taking_back_not_told_to_who_watches, ROOMY, "events told"),
     (waiting_branches_not_woken, ROOMY, "sleeps"),
     (blocks_of_idle_branches_not_reclaimed, replace(TIGHT, spare_blocks=0), "."),
-    (output_not_folded_into_the_prompt, replace(ROOMY, v2=False), "."),
+    (output_not_sent_with_a_queued_request, replace(ROOMY, v2=False), "."),
     (output_not_sent_while_no_request_runs, ROOMY, "sleeps"),
     (discarded_rows_counted_as_passes, ROOMY, "counts"),
 ]

@@ -217,7 +217,10 @@ class Worker:
 
 
 class WorkerV1(Worker):
-    """Model Runner V1: it keeps a request until it is finished, and takes it back only as a prompt."""
+    """Model Runner V1 under our worker: it keeps a request until it is finished, and takes it back as sent.
+
+    By itself it takes a queued request back only as a prompt; `OutputTokens` gives it the output too.
+    """
 
     def __init__(self, *args: Any, asynchronous: bool) -> None:
         super().__init__(*args)
@@ -236,7 +239,7 @@ class WorkerV1(Worker):
             self._remove(request_id)
         for data in output.scheduled_new_reqs:
             self._remove(data.req_id)
-            self.rows[data.req_id] = self._new_row(data, data.prompt_token_ids)
+            self.rows[data.req_id] = self._new_row(data, data.prefill_token_ids or data.prompt_token_ids)
             self._batch.add(data.req_id)
         for index, request_id in enumerate(cached.req_ids):
             self._take_cached(cached, index, request_id)
