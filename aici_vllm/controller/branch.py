@@ -75,9 +75,10 @@ class Branch:
         """
         if self.stopped_by is not None:
             return len(self.sequence) - 1
-        if self.next is Next.END or not self.may_take_back:
-            return len(self.sequence.tokens)
-        return self.sequence.settled()
+        sequence = self.sequence
+        if not sequence.marks or not self.may_take_back or self.next is Next.END:
+            return len(sequence.tokens)
+        return sequence.settled()
 
     def mark(self) -> int:
         """Mark the end of the text; before the first await, the start of the prompt."""

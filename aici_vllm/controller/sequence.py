@@ -19,15 +19,15 @@ class Sequence:
     """Tokens that grow at the end and can be taken back.
 
     `tokens[:kept]` stand as the engine last saw them; the engine sets `kept` to `len(tokens)` once it
-    has carried the rest out. `prompt_len` shrinks when the prompt itself is taken back. `sampled` and
+    has carried the rest out. `marks` is where each mark stands. `prompt_len` shrinks when the prompt itself is taken back. `sampled` and
     `spliced` count every token this sequence ever got, those taken back too.
     """
 
     __slots__ = (
         "_changes",
         "_last_mark",
-        "_marks",
         "kept",
+        "marks",
         "origins",
         "prompt_len",
         "sampled",
@@ -42,7 +42,7 @@ class Sequence:
         self.kept = len(prompt)
         self.sampled = 0
         self.spliced = 0
-        self._marks: dict[int, int] = {}
+        self.marks: dict[int, int] = {}
         self._last_mark = 0
         self._changes: list[tuple[str, list[int]]] | None = None
 
@@ -68,7 +68,7 @@ class Sequence:
             del self.origins[position:]
             self.kept = min(self.kept, position)
             self.prompt_len = min(self.prompt_len, position)
-            self._marks = {mark: at for mark, at in self._marks.items() if at <= position}
+            self.marks = {mark: at for mark, at in self.marks.items() if at <= position}
         self.tokens += tokens
         self.origins += bytes([Origin.SPLICED]) * len(tokens)
         self.spliced += len(tokens)
@@ -78,7 +78,7 @@ class Sequence:
     def mark(self, position: int) -> int:
         """Remember `position` under a number that dies when the position is taken back."""
         self._last_mark += 1
-        self._marks[self._last_mark] = position
+        self.marks[self._last_mark] = position
         return self._last_mark
 
     def position(self, mark: int) -> int:
@@ -88,17 +88,17 @@ class Sequence:
             ValueError: the text it stood in was taken back.
         """
         try:
-            return self._marks[mark]
+            return self.marks[mark]
         except KeyError:
             raise ValueError("this label is gone: the text it marked was backtracked over") from None
 
     def release(self, mark: int) -> None:
         """Nobody can use `mark` any more."""
-        self._marks.pop(mark, None)
+        self.marks.pop(mark, None)
 
     def settled(self) -> int:
         """How many tokens no live mark can take back."""
-        return min(self._marks.values()) if self._marks else len(self.tokens)
+        return min(self.marks.values()) if self.marks else len(self.tokens)
 
     def copy(self) -> "Sequence":
         """The same tokens and marks, on their own from here on; it counts its own tokens only."""
@@ -106,7 +106,7 @@ class Sequence:
         copy.origins = bytearray(self.origins)
         copy.prompt_len = self.prompt_len
         copy.kept = self.kept
-        copy._marks = dict(self._marks)
+        copy.marks = dict(self.marks)
         copy._last_mark = self._last_mark
         if self._changes is not None:
             copy.watch()

@@ -59,7 +59,7 @@ class LiveViews:
     """
 
     def __init__(self, stream_interval: int):
-        self._stream_interval = stream_interval
+        self._withholding = stream_interval > 1
         self._views: dict[ControlledGroup, LiveView] = {}
 
     def watch(self, group: ControlledGroup) -> None:
@@ -72,7 +72,7 @@ class LiveViews:
 
     def withholds_tokens(self, group: ControlledGroup) -> bool:
         """Whether its tokens must wait for the end, so that vLLM lets every event through."""
-        return bool(self._views) and self._stream_interval > 1 and group in self._views
+        return self._withholding and group in self._views
 
     def events(self, group: ControlledGroup) -> dict[str, Any]:
         """The last events of a request, for the `kv_transfer_params` that end it."""
