@@ -19,8 +19,9 @@ class Sequence:
     """Tokens that grow at the end and can be taken back.
 
     `tokens[:kept]` stand as the engine last saw them; the engine sets `kept` to `len(tokens)` once it
-    has carried the rest out. `marks` is where each mark stands. `prompt_len` shrinks when the prompt itself is taken back. `sampled` and
-    `spliced` count every token this sequence ever got, those taken back too.
+    has carried the rest out. `marks` says where each mark stands. `prompt_len` shrinks when the prompt
+    itself is taken back. `sampled` and `spliced` count every token this sequence ever got, those taken
+    back too.
     """
 
     __slots__ = (
