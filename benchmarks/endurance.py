@@ -127,7 +127,7 @@ async def _ends_well(engine: Any, name: str) -> bool:
         name,
         SamplingParams(max_tokens=60, temperature=0, output_kind=RequestOutputKind.FINAL_ONLY),
     )
-    async for output in engine.generate("", params, name):
+    async for output in engine.generate("Count", params, name):
         last = output
     result = last.kv_transfer_params["controller"]
     variables = result["variables"]

@@ -73,7 +73,15 @@ class Neighbour:
         return [after - before for before, after in itertools.pairwise(inside)]
 
 
-async def attack(engine: Any, source: str, name: str) -> None:
+@dataclass
+class Attacks:
+    """How often a script began to run, and how often it was refused before it did."""
+
+    began: int = 0
+    refused: int = 0
+
+
+async def attack(engine: Any, source: str, name: str, attacks: Attacks) -> None:
     """Run a script again and again."""
     from vllm.sampling_params import SamplingParams
 
@@ -83,11 +91,14 @@ async def attack(engine: Any, source: str, name: str) -> None:
         params = aici_vllm.request_params(
             source, sampling_params=SamplingParams(max_tokens=200, temperature=0)
         )
+        attacks.began += 1
         try:
-            async for _ in engine.generate("", params, f"{name}-{number}"):
+            async for _ in engine.generate("An attack", params, f"{name}-{number}"):
                 pass
         except ValueError:
-            # Refused before it ran; a client that is refused at once may ask again as fast as it can.
+            # A client that is refused at once may ask again as fast as it can.
+            attacks.began -= 1
+            attacks.refused += 1
             await asyncio.sleep(0.001)
 
 
@@ -107,8 +118,8 @@ def percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-async def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Windows]]:
-    """Windows by attacker and neighbour."""
+async def measure(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Windows]], dict[str, Attacks]]:
+    """Windows by attacker and neighbour, and how the attackers fared."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -127,16 +138,18 @@ async def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Windows]
     neighbours = [Neighbour("plain", False), Neighbour("controlled", True)]
     running = [asyncio.create_task(neighbour.run(engine)) for neighbour in neighbours]
     found: dict[str, dict[str, Windows]] = {}
+    attacks: dict[str, Attacks] = {}
     try:
         await asyncio.sleep(3)
         for path in sorted(HOSTILE.glob("*.py")):
             if arguments.only and path.stem not in arguments.only:
                 continue
             found[path.stem] = {neighbour.name: Windows() for neighbour in neighbours}
+            tally = attacks[path.stem] = Attacks()
             for _ in range(arguments.rounds):
                 await _window(neighbours, found[path.stem], arguments.seconds, attacked=False)
                 attackers = [
-                    asyncio.create_task(attack(engine, path.read_text(), f"{path.stem}-{i}"))
+                    asyncio.create_task(attack(engine, path.read_text(), f"{path.stem}-{i}", tally))
                     for i in range(arguments.attackers)
                 ]
                 await _window(neighbours, found[path.stem], arguments.seconds, attacked=True)
@@ -153,7 +166,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Windows]
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         engine.shutdown()
-    return found
+    return found, attacks
 
 
 async def _window(
@@ -173,34 +186,35 @@ def _on_gpu() -> bool:
     return not current_platform.is_cpu()
 
 
-def show(found: dict[str, dict[str, Windows]]) -> dict[str, float]:
+def show(found: dict[str, dict[str, Windows]], attacks: dict[str, Attacks]) -> dict[str, float]:
     """Print the table; the ratio of p99 over all attackers, by neighbour."""
     table = Table(title="time between two tokens of a neighbour (ms)")
-    for column in ("attacker", "neighbour", "p50", "p50 attacked", "p99", "p99 attacked", "p99 ratio"):
+    for column in ("attacker", "attacks", "neighbour", "p50", "attacked", "p99", "attacked", "ratio"):
         table.add_column(column, justify="left" if column in ("attacker", "neighbour") else "right")
+    runs = {name: f"{tally.began} + {tally.refused} refused" for name, tally in attacks.items()}
     everything: dict[str, Windows] = {}
     for attacker, windows in found.items():
         for name, window in windows.items():
             together = everything.setdefault(name, Windows())
             together.quiet += window.quiet
             together.attacked += window.attacked
-            _row(table, attacker, name, window)
+            _row(table, attacker, runs[attacker], name, window)
     for name, window in everything.items():
-        _row(table, "all", name, window)
-    Console().print(table)
+        _row(table, "all", str(sum(tally.began for tally in attacks.values())), name, window)
+    Console(width=120).print(table)
     return {name: window.ratio(99) for name, window in everything.items()}
 
 
-def _row(table: Table, attacker: str, name: str, window: Windows) -> None:
+def _row(table: Table, attacker: str, runs: str, name: str, window: Windows) -> None:
     if not window.quiet or not window.attacked:
-        table.add_row(attacker, name, "no token", "", "", "", "")
+        table.add_row(attacker, runs, name, "no token", "", "", "", "")
         return
     cells = [
         1000 * percentile(values, percent)
         for percent in (50, 99)
         for values in (window.quiet, window.attacked)
     ]
-    table.add_row(attacker, name, *(f"{cell:.2f}" for cell in cells), f"{window.ratio(99):.2f}")
+    table.add_row(attacker, runs, name, *(f"{cell:.2f}" for cell in cells), f"{window.ratio(99):.2f}")
 
 
 def main() -> int:
@@ -222,8 +236,8 @@ def main() -> int:
             from tests.engine.random_model import random_model
 
             arguments.model = random_model(Path(folder))
-        found = asyncio.run(measure(arguments))
-    ratios = show(found)
+        found, attacks = asyncio.run(measure(arguments))
+    ratios = show(found, attacks)
     for name, ratio in ratios.items():
         print(f"{name}: p99 with attackers is {ratio:.2f} times that without; the goal is {GOAL}")
     print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")

@@ -11,6 +11,9 @@ import time
 from collections import Counter
 from typing import Any
 
+from vllm import envs
+from vllm.config import LoggingConfig
+
 from aici_vllm.engine.admission import is_name
 from aici_vllm.engine.controlled import ControlledGroup
 from aici_vllm.engine.results import usage
@@ -21,20 +24,18 @@ EVENT = "controller_finished"
 logger = logging.getLogger(LOGGER)
 
 
-def show_request_log() -> None:
-    """Have the lines written to where vLLM's own log goes, unless somebody configured this logger.
+def show_request_log(config: LoggingConfig) -> None:
+    """Have the lines written to where vLLM's own log goes, unless somebody configured logging.
 
     A line stands alone, so that a program can read it.
     """
-    from vllm import envs
-
-    if not envs.VLLM_CONFIGURE_LOGGING or envs.VLLM_LOGGING_CONFIG_PATH or logger.hasHandlers():
+    if not config.configure_logging or config.pylogging_config_file or logger.hasHandlers():
         return
     stream = sys.stderr if envs.VLLM_LOGGING_STREAM.endswith("stderr") else sys.stdout
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(envs.VLLM_LOGGING_LEVEL)
+    logger.setLevel(config.log_level)
     logger.propagate = False
 
 

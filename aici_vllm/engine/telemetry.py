@@ -27,7 +27,7 @@ class Telemetry:
         self._tracing = Tracing(vllm_config)
         self._has_connector = vllm_config.kv_transfer_config is not None
         if log_stats:
-            show_request_log()
+            show_request_log(vllm_config.logging_config)
 
     def computed(self, branches: int) -> None:
         """A step computes so many controlled branches."""

@@ -113,6 +113,7 @@ MEMBERS = {
         "prefill_stats",
         "request_id",
         "stop_reason",
+        "trace_headers",
     ],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
     "vllm.v1.engine:FinishReason": ["ABORT", "LENGTH", "STOP"],
@@ -134,7 +135,13 @@ MEMBERS = {
         "temperature",
         "top_p",
     ],
-    "vllm.config:VllmConfig": ["additional_config", "use_v2_model_runner"],
+    "vllm.config:VllmConfig": [
+        "additional_config",
+        "logging_config",
+        "observability_config",
+        "use_v2_model_runner",
+    ],
+    "vllm.config:LoggingConfig": ["configure_logging", "log_level", "pylogging_config_file"],
     "vllm.config:ModelConfig": ["get_vocab_size()", "try_get_generation_config()"],
     "vllm.v1.sample.logits_processor:LogitsProcessor": [
         "apply(logits)",
