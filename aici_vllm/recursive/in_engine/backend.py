@@ -146,7 +146,8 @@ class EngineBackend(AsyncChildRLMBackend):
         if not started:
             return Reply(str(reply), Usage(computed))
         usage = reply.usage or Usage()
-        return Reply(str(reply), replace(usage, cached_tokens=usage.cached_tokens - computed))
+        # The prefill takes its last token back, and that one is computed twice.
+        return Reply(str(reply), replace(usage, cached_tokens=max(0, usage.cached_tokens - computed)))
 
     async def _start_of_query(
         self, prompt: str, shared: str | None, fork: bool

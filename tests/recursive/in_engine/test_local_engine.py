@@ -136,6 +136,41 @@ def test_a_cancelled_call_is_aborted_and_the_others_go_on() -> None:
     assert len(llm.aborted) == 1 and not llm.running
 
 
+class Stepwise(FakeLLM):
+    """Each step waits for leave, and says that it has begun."""
+
+    def __init__(self) -> None:
+        super().__init__(steps=1000)
+        self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
+        self.done = 0
+
+    def step(self) -> list[Any]:
+        self.begun.release()
+        self.leave.acquire()
+        self.done += 1
+        return super().step()
+
+
+def test_no_step_begins_with_a_call_that_was_cancelled() -> None:
+    llm = Stepwise()
+
+    async def go() -> None:
+        call = asyncio.create_task(LLMEngine(llm).send(CALL))
+        for _ in range(3):
+            await asyncio.to_thread(llm.begun.acquire)
+            if llm.done < 2:
+                llm.leave.release()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        llm.leave.release()
+
+    asyncio.run(go())
+    for thread in threading.enumerate():
+        if thread.name == "rlm-engine":
+            thread.join()
+    assert llm.done == 3 and len(llm.aborted) == 1 and not llm.running
+
+
 def test_refusals_and_failures_are_errors_of_the_call() -> None:
     async def send(llm: FakeLLM, call: EngineCall = CALL) -> None:
         await LLMEngine(llm).send(call)
