@@ -65,7 +65,7 @@ NODE = {
     "type": "object",
     "properties": {"v": {"type": "number"}, "c": {"type": "array", "items": {"$ref": "#/$defs/n"}}},
 }
-SCHEMAS = {"person": PERSON, "choice": CHOICE, "tree": {"$defs": {"n": NODE}, "$ref": "#/$defs/n"}}
+SCHEMAS = {"person": PERSON, "kind": CHOICE, "tree": {"$defs": {"n": NODE}, "$ref": "#/$defs/n"}}
 
 OURS = "this library"
 LIMIT_SECONDS = 10.0
