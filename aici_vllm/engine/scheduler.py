@@ -355,6 +355,8 @@ class Scheduler(AsyncScheduler):
     def _adopt(self, group: ControlledGroup, branch: Branch, request: Request) -> Controlled:
         """Put a request under a branch; it is parked until the branch wants a token."""
         assert request.sampling_params is not None
+        # vLLM's priority policy preempts the first of equals: branches must not take turns at that for ever.
+        request.arrival_time += branch.index * 1e-6
         lane = self.lanes.take()
         request.sampling_params = worker_params(request.sampling_params, lane, branch.index)
         member = Controlled(request, branch, group, request.sampling_params, lane)

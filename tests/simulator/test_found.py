@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.simulator.schedules import Simulation
@@ -42,3 +44,13 @@ def test_prefix_cache_can_be_reset_right_after_a_fork(asynchronous: bool) -> Non
             break
     simulation.finish()
     assert simulation.engine.resets == 1
+
+
+def test_branches_do_not_preempt_each_other_for_ever() -> None:
+    generates = ["gen", None, 9, None, None, None]
+    children = [[None, [["fixed", text], generates]] for text in ("mdj", "dji", "jip", "ipm")]
+    tight = Settings(block_size=16, spare_blocks=0, context=48, prefix_caching=False, policy="priority")
+    tight = replace(tight, asynchronous=False, most_running=3, reserve_whole=False, longest_chunk=3)
+    simulation = Simulation(tight)
+    simulation.engine.add_controlled([["fork", children]], [*PROMPT, *PROMPT, *PROMPT, *PROMPT[:3]], 24)
+    simulation.finish()
