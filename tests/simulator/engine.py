@@ -223,7 +223,7 @@ class Engine:
         return done
 
     def _dispatch(self) -> Any:
-        output = self.scheduler.schedule()
+        output = self.scheduler.schedule(self.settings.throttled and self.steps % 3 != 0)
         self._check_scheduled(output)
         self.worker.execute_model(output)
         return output

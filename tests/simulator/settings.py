@@ -29,6 +29,7 @@ class Settings:
         watermark: the part of the blocks that must stay free when a request is admitted.
         longest_chunk: tokens of a prompt in one step, while others wait; 0 for no bound.
         few_masks: the table of masks holds no more rows than two steps need.
+        throttled: two steps of three put prefills off, as data parallelism does to balance its engines.
     """
 
     asynchronous: bool = True
@@ -47,6 +48,7 @@ class Settings:
     longest_chunk: int = 0
     log_stats: bool = False
     few_masks: bool = False
+    throttled: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -74,6 +76,7 @@ def random_settings(rng: random.Random) -> Settings:
         longest_chunk=rng.choice([0, 0, 0, 3]),
         log_stats=rng.random() < 0.2,
         few_masks=rng.random() < 0.3,
+        throttled=rng.random() < 0.1,
     )
 
 

@@ -74,6 +74,7 @@ engines = st.builds(
     slow_scripts=st.sampled_from([0, 2]),
     reserve_whole=st.booleans(),
     few_masks=st.booleans(),
+    throttled=st.booleans(),
     longest_chunk=st.sampled_from([0, 3]),
 )
 

@@ -11,7 +11,7 @@ import pytest
 from tests.simulator.schedules import run_schedule
 from tests.simulator.settings import random_settings
 
-SCHEDULES = int(os.environ.get("SIMULATOR_SCHEDULES", "1600"))
+SCHEDULES = int(os.environ.get("SIMULATOR_SCHEDULES", "1200"))
 """In all regimes together; 100 take about a second."""
 
 REGIMES = {
