@@ -1,5 +1,6 @@
 """Which program a request's controller is: source in the sandbox, or a function in this process."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import cloudpickle
@@ -12,6 +13,10 @@ from aici_vllm.engine.admission import is_name, load_installed
 if TYPE_CHECKING:
     from aici_vllm.controller.sandbox import SandboxPool
     from aici_vllm.engine.metrics import Counts
+
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread that answers a script's questions gives the interpreter to the engine's."""
 
 
 class Programs:
@@ -64,6 +69,8 @@ class Programs:
         from aici_vllm.controller.sandbox import SandboxPool
 
         if self._sandbox is None:
+            # Python's 5 ms would be added to every step that waits for the interpreter.
+            sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
             self._sandbox = SandboxPool(self._limits)
         branch.may_take_back = takes_back(source)
         return self._sandbox.program(source, branch)

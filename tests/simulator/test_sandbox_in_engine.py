@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from aici_vllm.controller.group import Group
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.sandbox import SandboxProgram
 from aici_vllm.engine.admission import CONTROLLER
-from aici_vllm.engine.programs import Programs
+from aici_vllm.engine.programs import SWITCH_INTERVAL, Programs
 from tests.controller.scripts import script
 from tests.controller.test_sandbox import processes
 from tests.simulator.engine import Engine, Job
@@ -177,6 +178,17 @@ def test_a_thousand_scripts_at_once_need_a_handful_of_processes() -> None:
     assert 0 < most <= engine.sandbox()._most_lanes
     engine.assert_nothing_is_left()
     engine.scheduler.shutdown()
+
+
+def test_threads_that_answer_scripts_let_the_engine_go_first() -> None:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    engine = Sandboxed(SETTINGS)
+    assert sys.getswitchinterval() == pytest.approx(0.005)
+    engine.add_script(WELL_BEHAVED)
+    assert sys.getswitchinterval() <= SWITCH_INTERVAL * 1.01
+    engine.scheduler.shutdown()
+    sys.setswitchinterval(usual)
 
 
 def test_requests_leave_nothing_behind(engine: Sandboxed) -> None:
