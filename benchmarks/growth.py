@@ -44,7 +44,7 @@ def main() -> int:
     report = Report("growth", "host time of one unit of work, CPU time of one thread, medians", columns)
     cases: list[tuple[str, Callable[[int, int], float], int, str]] = [
         ("branches of one request", branches, most // 2, "branch and step"),
-        ("requests with a script", scripts, most, "script and step"),
+        ("requests with a controller", scripts, most, "request and step"),
         ("splices at once", splices, most // 2, "splice"),
         ("tokens of a sequence", tokens, 2000 if options.full else 400, "step"),
     ]
