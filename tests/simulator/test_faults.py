@@ -200,11 +200,11 @@ def taking_back_not_told_to_who_watches(patch: Patch) -> None:
 
 
 FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
-    (stale_hashes_after_a_splice, ROOMY, "stale hash"),
+    (stale_hashes_after_a_splice, ROOMY, "stale hash|reads block"),
     (partial_block_shared_without_a_copy, ROOMY, f"{VLLM_ASSERTS}|reads block"),
     (copy_read_from_a_copy_not_made_yet, replace(ROOMY, block_size=16), "reads block"),
     (source_of_a_copy_not_held, TIGHT, "is counted"),
-    (blocks_past_the_cut_kept, ROOMY, "stale hash"),
+    (blocks_past_the_cut_kept, ROOMY, "stale hash|reads block"),
     (hashed_block_written_again, ROOMY, VLLM_ASSERTS),
     (blocks_of_an_ended_branch_forgotten, ROOMY, "is over and holds"),
     (overtaken_row_delivered, ROOMY, "."),
