@@ -111,6 +111,9 @@ def test_examples_give_the_same_streamed_and_not(server: Server, name: str) -> N
     assert last is not None and last.finish_reason == whole.choices[0].finish_reason == "stop"
     streamed = json.loads(last.stop_reason)["controller"]
     assert streamed["variables"] == results["variables"]
+    # Which branch computes shared text depends on whose script is quicker, and some of it on who is left.
+    for usage in (streamed["usage"], results["usage"]):
+        assert usage.pop("computed_tokens") > 0
     assert streamed["usage"] == results["usage"]
 
 
