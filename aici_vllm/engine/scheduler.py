@@ -117,7 +117,7 @@ class Scheduler(AsyncScheduler):
 
     def get_num_unfinished_requests(self) -> int:
         unfinished = super().get_num_unfinished_requests()
-        if self.pause_state is not PauseState.UNPAUSED:
+        if self.pause_state is PauseState.PAUSED_ALL:
             return unfinished
         # A script that computes, or output that waits to be sent, keeps the engine stepping.
         return unfinished + len(self._thinking) + len(self._outputs)

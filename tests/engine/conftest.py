@@ -57,6 +57,13 @@ class Engines:
         self._live.move_to_end(key)
         return self._live[key]
 
+    def stop(self, llm: LLM) -> None:
+        """Stop one engine."""
+        for key, live in list(self._live.items()):
+            if live is llm:
+                self._live.move_to_end(key, last=False)
+                self._stop_oldest()
+
     def close(self) -> None:
         """Stop every engine."""
         while self._live:

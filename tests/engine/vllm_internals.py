@@ -110,7 +110,7 @@ MEMBERS = {
         "update_block_hashes()",
     ],
     "vllm.v1.request:RequestStatus": ["FINISHED_ABORTED", "FINISHED_STOPPED", "RUNNING", "WAITING"],
-    "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL", "UNPAUSED"],
+    "vllm.v1.core.sched.interface:PauseState": ["PAUSED_ALL"],
     "vllm.v1.engine:EngineCoreOutput": [
         "events",
         "finish_reason",
