@@ -48,6 +48,17 @@ def require_supported() -> None:
         )
 
 
+def _replace_once(owner: Any, name: str, replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Put what `replace` makes of a method of vLLM's in its place; False if that was done before."""
+    original = getattr(owner, name)
+    if hasattr(original, "aici_replaces"):
+        return False
+    replacement = functools.wraps(original)(replace(original))
+    replacement.__dict__["aici_replaces"] = name
+    setattr(owner, name, replacement)
+    return True
+
+
 Admit = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(vllm_config, prompt, sampling_params) -> prompt and parameters to use; raises ValueError to refuse."""
 
@@ -61,22 +72,19 @@ def admit_requests_with(admit: Admit) -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, "aici_admits"):
-        return
+    def admitting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(
+            self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            try:
+                prompt, params = admit(self.vllm_config, prompt, params)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
+            return original(self, request_id, prompt, params, *args, **kwargs)
 
-    @functools.wraps(original)
-    def process_inputs(
-        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        try:
-            prompt, params = admit(self.vllm_config, prompt, params)
-        except ValueError as error:
-            raise VLLMValidationError(str(error)) from error
-        return original(self, request_id, prompt, params, *args, **kwargs)
+        return process_inputs
 
-    process_inputs.aici_admits = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+    _replace_once(InputProcessor, "process_inputs", admitting)
 
 
 def allow_empty_prompts(controlled: Callable[[dict[str, Any]], bool]) -> None:
@@ -90,18 +98,17 @@ def allow_empty_prompts(controlled: Callable[[dict[str, Any]], bool]) -> None:
         return
     request = protocol.CompletionRequest
     check = request.__pydantic_decorators__.model_validators["validate_prompt_and_prompt_embeds"]
-    original = check.func
-    if hasattr(original, "aici_allows"):
-        return
 
-    def validate(data: Any) -> Any:
-        if isinstance(data, dict) and data.get("prompt") == "" and controlled(data):
-            data = {**data, "prompt": [""]}
-        return original(data)
+    def allowing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate(data: Any) -> Any:
+            if isinstance(data, dict) and data.get("prompt") == "" and controlled(data):
+                data = {**data, "prompt": [""]}
+            return original(data)
 
-    validate.aici_allows = True  # type: ignore[attr-defined]
-    check.func = validate
-    request.model_rebuild(force=True)
+        return validate
+
+    if _replace_once(check, "func", allowing):
+        request.model_rebuild(force=True)
 
 
 CheckArguments = Callable[[Any, dict[str, Any]], dict[str, Any]]
@@ -119,29 +126,22 @@ def check_openai_requests_with(check: CheckArguments) -> None:
     vLLM's servers call the engine's front-end, where `admit` stands, only when a stream has begun: a
     refusal there is an event in a stream that said 200. Only a process that serves HTTP has the servers.
     """
-    for module, (server, method) in _RENDERERS.items():
-        if module in sys.modules:
-            _check_before(getattr(sys.modules[module], server), method, check)
-
-
-def _check_before(server: Any, method: str, check: CheckArguments) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    original = getattr(server, method)
-    if hasattr(original, "aici_checks"):
-        return
+    def checking(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def render(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            if request.vllm_xargs:
+                try:
+                    request.vllm_xargs = check(self.engine_client.vllm_config, request.vllm_xargs)
+                except ValueError as error:
+                    raise VLLMValidationError(str(error)) from error
+            return await original(self, request, *args, **kwargs)
 
-    @functools.wraps(original)
-    async def render(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if request.vllm_xargs:
-            try:
-                request.vllm_xargs = check(self.engine_client.vllm_config, request.vllm_xargs)
-            except ValueError as error:
-                raise VLLMValidationError(str(error)) from error
-        return await original(self, request, *args, **kwargs)
+        return render
 
-    render.aici_checks = True  # type: ignore[attr-defined]
-    setattr(server, method, render)
+    for module, (server, method) in _RENDERERS.items():
+        if module in sys.modules:
+            _replace_once(getattr(sys.modules[module], server), method, checking)
 
 
 def keep_merged_lists(key: str) -> None:
@@ -152,20 +152,17 @@ def keep_merged_lists(key: str) -> None:
     """
     from vllm.outputs import RequestOutput
 
-    original = RequestOutput.add
-    if hasattr(original, "aici_keeps"):
-        return
+    def keeping(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add(self: Any, next_output: Any, aggregate: bool) -> None:
+            earlier = (self.kv_transfer_params or {}).get(key)
+            original(self, next_output, aggregate)
+            if earlier:
+                later = self.kv_transfer_params or {}
+                self.kv_transfer_params = {**later, key: [*earlier, *later.get(key, [])]}
 
-    @functools.wraps(original)
-    def add(self: Any, next_output: Any, aggregate: bool) -> None:
-        earlier = (self.kv_transfer_params or {}).get(key)
-        original(self, next_output, aggregate)
-        if earlier:
-            later = self.kv_transfer_params or {}
-            self.kv_transfer_params = {**later, key: [*earlier, *later.get(key, [])]}
+        return add
 
-    add.aici_keeps = True  # type: ignore[attr-defined]
-    RequestOutput.add = add  # type: ignore[method-assign]
+    _replace_once(RequestOutput, "add", keeping)
 
 
 MakeStatLogger = Callable[[Any, list[int], Any], Any]
@@ -180,20 +177,17 @@ def record_stats_with(make: MakeStatLogger) -> None:
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
-    original = StatLoggerManager.__init__
-    if hasattr(original, "aici_records"):
-        return
+    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            beside = next(logger for logger in self.stat_loggers if isinstance(logger, PrometheusStatLogger))
+            logger = make(vllm_config, self.engine_indexes, type(beside))
+            if logger is not None:
+                self.stat_loggers.insert(0, logger)
 
-    @functools.wraps(original)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        beside = next(logger for logger in self.stat_loggers if isinstance(logger, PrometheusStatLogger))
-        logger = make(vllm_config, self.engine_indexes, type(beside))
-        if logger is not None:
-            self.stat_loggers.insert(0, logger)
+        return init
 
-    init.aici_records = True  # type: ignore[attr-defined]
-    StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+    _replace_once(StatLoggerManager, "__init__", recording)
 
 
 def leave_stops_to_engine(controlled: Callable[[Any], bool]) -> None:
@@ -205,19 +199,19 @@ def leave_stops_to_engine(controlled: Callable[[Any], bool]) -> None:
     """
     from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 
-    original = IncrementalDetokenizer.from_new_request.__func__  # type: ignore[attr-defined]
-    if hasattr(original, "aici_leaves"):
-        return
+    def leaving(original: Callable[..., Any]) -> Callable[..., Any]:
+        # A class method, called on the class alone: `original` is bound to it.
+        def from_new_request(tokenizer: Any, request: Any) -> Any:
+            made = original(tokenizer, request)
+            params = request.sampling_params
+            looks_for_stops = isinstance(made, BaseIncrementalDetokenizer) and made.stop
+            if looks_for_stops and controlled(params):
+                made.update = _update_with_stops_at_the_end(made, params)
+            return made
 
-    def from_new_request(cls: Any, tokenizer: Any, request: Any) -> Any:
-        made = original(cls, tokenizer, request)
-        params = request.sampling_params
-        if isinstance(made, BaseIncrementalDetokenizer) and made.stop and controlled(params):
-            made.update = _update_with_stops_at_the_end(made, params)  # type: ignore[method-assign, assignment]
-        return made
+        return from_new_request
 
-    from_new_request.aici_leaves = True  # type: ignore[attr-defined]
-    IncrementalDetokenizer.from_new_request = classmethod(from_new_request)  # type: ignore[method-assign, assignment]
+    _replace_once(IncrementalDetokenizer, "from_new_request", leaving)
 
 
 def _update_with_stops_at_the_end(detokenizer: Any, params: Any) -> Callable[[list[int], bool], None]:
