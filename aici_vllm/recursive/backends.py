@@ -240,18 +240,21 @@ class LocalChildRLMBackend(DirectLMBackend):
         return child
 
     def _child_backend_factory(self, llm_chat_fn: ChatFn, **kwargs: Any) -> LocalChildRLMBackend:
-        return type(self)(
-            llm_chat_fn,
-            runner_factory=self.runner_factory,
-            system_prompt=kwargs["system_prompt"],
-            max_iterations=kwargs["max_iterations"],
-            env_max_iterations_multiplier=kwargs["env_max_iterations_multiplier"],
-            depth=kwargs["depth"],
-            limits=self.limits,
-            on_subcall_start=self.on_subcall_start,
-            on_subcall_complete=self.on_subcall_complete,
-            strict=self.strict,
-        )
+        return type(self)(llm_chat_fn, **self._child_arguments(**kwargs))
+
+    def _child_arguments(self, **kwargs: Any) -> dict[str, Any]:
+        """How the backend of a child run is made; `kwargs` are what its runner says of itself."""
+        return {
+            "runner_factory": self.runner_factory,
+            "system_prompt": kwargs["system_prompt"],
+            "max_iterations": kwargs["max_iterations"],
+            "env_max_iterations_multiplier": kwargs["env_max_iterations_multiplier"],
+            "depth": kwargs["depth"],
+            "limits": self.limits,
+            "on_subcall_start": self.on_subcall_start,
+            "on_subcall_complete": self.on_subcall_complete,
+            "strict": self.strict,
+        }
 
 
 class _ChildCall:

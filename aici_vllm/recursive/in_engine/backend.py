@@ -212,23 +212,9 @@ class EngineBackend(AsyncChildRLMBackend):
         answers = await self._gather(partial(self.recursive_query, **options), kept, model)
         return answers + self._refused(prompts, kept)
 
-    def _child_backend_factory(
-        self, llm_chat_fn: Any, *, conversation: Prefix | None = None, **kwargs: Any
-    ) -> EngineBackend:
-        return type(self)(
-            llm_chat_fn,
-            tree=self.tree,
-            conversation=conversation,
-            runner_factory=self.runner_factory,
-            system_prompt=kwargs["system_prompt"],
-            max_iterations=kwargs["max_iterations"],
-            env_max_iterations_multiplier=kwargs["env_max_iterations_multiplier"],
-            depth=kwargs["depth"],
-            limits=self.limits,
-            on_subcall_start=self.on_subcall_start,
-            on_subcall_complete=self.on_subcall_complete,
-            strict=self.strict,
-        )
+    def _child_arguments(self, *, conversation: Prefix | None = None, **kwargs: Any) -> dict[str, Any]:
+        shared = {"tree": self.tree, "conversation": conversation}
+        return {**super()._child_arguments(**kwargs), **shared}
 
 
 def _shape_of(regex: str | None, schema: Any) -> Shape:
