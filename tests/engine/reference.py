@@ -5,6 +5,7 @@ The model runs in `transformers`; constraints are read by the `regex` package's 
 
 import codecs
 import contextlib
+import json
 import math
 from collections.abc import Callable
 from functools import cache
@@ -81,6 +82,33 @@ class Reference:
         if regex.fullmatch(r"<0x[0-9A-F]{2}>", spelling):
             return bytes([int(spelling[3:5], 16)])
         return spelling.replace("▁", " ").encode()
+
+
+Scores = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
+"""(logits, prompt, output so far) -> what the sampler chooses the best of."""
+
+
+def compare_with_best(
+    reference: Reference, prompt: list[int], branch: Any, scores: Scores | None = None
+) -> int:
+    """Assert that every sampled token of a random script's branch is the best; how many there were."""
+    tokens = prompt + branch.token_ids
+    origins = [kind for kind, count in branch.sources for _ in range(count)]
+    (generations,) = [json.loads(line[1:]) for line in branch.logs.splitlines() if line.startswith("@")]
+    logits = reference.logits(tokens)
+    compared = 0
+    for start, count, kind, value in generations:
+        allowed = reference.allowed_by(kind, value)
+        for at in range(start, start + count):
+            if origins[at - len(prompt)] != "sampled":
+                continue
+            text = b"".join(map(reference.token_bytes, tokens[start:at]))
+            row = logits[at - 1]
+            row = row if scores is None else scores(row, prompt, tokens[len(prompt) : at])
+            best = reference.best(row, lambda token, a=allowed, t=text: a(t, token))
+            assert tokens[at] in best, (at, kind, value, text, tokens[at], best)
+            compared += 1
+    return compared
 
 
 def readings(data: bytes) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import aici_vllm
 from tests.engine.conftest import Engines
 from tests.engine.random_scripts import controller, random_program
-from tests.engine.reference import Reference
+from tests.engine.reference import Reference, compare_with_best
 from tests.engine.regimes import Regime
 
 SEEDS = {"embedded": range(12), "random": range(36)}
@@ -30,26 +30,8 @@ def check_branch(reference: Reference, model: str, prompt: list[int], branch: An
     """Compare every sampled token with the reference; how many were compared."""
     outcome = repr((model, prompt, branch.token_ids, branch.sources, branch.logs))
     if outcome not in CHECKED:
-        CHECKED[outcome] = _compare(reference, prompt, branch)
+        CHECKED[outcome] = compare_with_best(reference, prompt, branch)
     return CHECKED[outcome]
-
-
-def _compare(reference: Reference, prompt: list[int], branch: Any) -> int:
-    tokens = prompt + branch.token_ids
-    origins = [kind for kind, count in branch.sources for _ in range(count)]
-    (generations,) = [json.loads(line[1:]) for line in branch.logs.splitlines() if line.startswith("@")]
-    logits = reference.logits(tokens)
-    compared = 0
-    for start, count, kind, value in generations:
-        allowed = reference.allowed_by(kind, value)
-        for at in range(start, start + count):
-            if origins[at - len(prompt)] != "sampled":
-                continue
-            text = b"".join(map(reference.token_bytes, tokens[start:at]))
-            best = reference.best(logits[at - 1], lambda token, a=allowed, t=text: a(t, token))
-            assert tokens[at] in best, (at, kind, value, text, tokens[at], best)
-            compared += 1
-    return compared
 
 
 @pytest.mark.parametrize("model", ["embedded", "random"])

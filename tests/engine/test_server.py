@@ -135,15 +135,21 @@ def test_fixed_text_costs_no_forward_pass(server: Server) -> None:
     assert usage["spliced_tokens"] > 300
 
 
-def test_chat_uses_the_template_and_streams(server: Server) -> None:
-    script = GREETING.format("await aici.gen_tokens(max_tokens=4)")
-    request: dict[str, Any] = {
+def chat_request(script: str, **more: Any) -> dict[str, Any]:
+    """Arguments of a chat completion that runs `script`."""
+    return {
         "model": "m",
         "messages": [{"role": "user", "content": "Say hello."}],
         "max_tokens": 50,
         "temperature": 0.0,
         "extra_body": {"vllm_xargs": {"controller": script}},
+        **more,
     }
+
+
+def test_chat_uses_the_template_and_streams(server: Server) -> None:
+    script = GREETING.format("await aici.gen_tokens(max_tokens=4)")
+    request = chat_request(script)
     whole = server.client.chat.completions.create(**request)
     assert whole.choices[0].message.content.startswith("Hello")
     assert whole.kv_transfer_params["controller"]["usage"]["sampled_tokens"] == 4
@@ -349,15 +355,7 @@ def test_logprobs_of_a_stream_without_any_token(server: Server) -> None:
 
 def test_logprobs_of_a_chat(server: Server) -> None:
     script = GREETING.format("await aici.gen_tokens(max_tokens=4)")
-    request: dict[str, Any] = {
-        "model": "m",
-        "messages": [{"role": "user", "content": "Say hello."}],
-        "max_tokens": 50,
-        "temperature": 0.0,
-        "logprobs": True,
-        "top_logprobs": 2,
-        "extra_body": {"vllm_xargs": {"controller": script}},
-    }
+    request = chat_request(script, logprobs=True, top_logprobs=2)
     content = server.client.chat.completions.create(**request).choices[0].logprobs.content
     assert content[0].token == "Hello" and content[0].logprob == 0.0
     assert [len(entry.top_logprobs) for entry in content] == [1, 2, 2, 2, 2]
