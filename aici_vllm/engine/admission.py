@@ -94,7 +94,12 @@ def load_installed(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
 Resolve = Callable[[str], str | None]
 """The source behind the name of a stored controller; None where the name is an installed one."""
 
-_resolve: Resolve = lambda name: None  # noqa: E731
+
+def _no_store(name: str) -> str | None:
+    return None
+
+
+_resolve: Resolve = _no_store
 
 
 def resolve_names_with(resolve: Resolve) -> None:

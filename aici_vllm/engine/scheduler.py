@@ -48,6 +48,7 @@ from aici_vllm.engine.controlled import (
     worker_params,
 )
 from aici_vllm.engine.live import LIVE, LiveViews
+from aici_vllm.engine.logprobs import BranchLogprobs
 from aici_vllm.engine.masks import Lanes, MaskTable, table_rows
 from aici_vllm.engine.programs import Programs
 from aici_vllm.engine.results import RESULTS_KEY, results
@@ -156,8 +157,8 @@ class Scheduler(AsyncScheduler):
                     if member.request.num_output_placeholders:
                         waits_for_token = True
             send_output_tokens(scheduler_output, self.requests)
-        if self._step_members:
-            self.telemetry.computed(len(self._step_members))
+        if members:
+            self.telemetry.computed(len(members))
         super()._update_after_schedule(scheduler_output)
         # The mask of a row depends on the token that is still being sampled: let the forward pass run
         # and sample once that token is known. vLLM has this for its own structured outputs.
@@ -219,7 +220,8 @@ class Scheduler(AsyncScheduler):
             return [], False
         settled: list[int] = []
         for token in new_token_ids:
-            self._note_logprobs(member)
+            if member.logprobs is not None:
+                self._note_logprobs(member, member.logprobs)
             request.append_output_token_ids(token)
             if not member.branch.accept(token):
                 self._unsettled[member.group] = None
@@ -266,13 +268,12 @@ class Scheduler(AsyncScheduler):
         root.params = root.request.sampling_params
         self._unsettled[group] = None
 
-    def _note_logprobs(self, member: Controlled) -> None:
+    def _note_logprobs(self, member: Controlled, logprobs: BranchLogprobs) -> None:
         """Keep what this step says of the token that the branch is about to accept."""
-        if member.logprobs is not None:
-            output = self._step_output
-            assert output is not None and output.logprobs is not None
-            row = output.logprobs.slice_request(output.req_id_to_index[member.request.request_id], 1)
-            member.logprobs.add(len(member.branch.sequence), row)
+        output = self._step_output
+        assert output is not None and output.logprobs is not None
+        row = output.logprobs.slice_request(output.req_id_to_index[member.request.request_id], 1)
+        logprobs.add(len(member.branch.sequence), row)
 
     # What branches want, carried out.
 
@@ -616,9 +617,7 @@ class Scheduler(AsyncScheduler):
     def _reclaim_blocks(self, wanting: Request | None) -> bool:
         """Free the KV of a checkpoint, or else of one branch that does not run, parked ones first.
 
-        False when there is none.
-
-        It is computed again, or found in the prefix cache, when the branch goes on.
+        False when there is none. It is computed again, or found in the prefix cache, when the branch goes on.
         """
         if self.checkpoints.free_one():
             return True

@@ -211,6 +211,7 @@ class Store:
                         f"the store of controllers has been busy for {LOCK_SECONDS:.0f} s: try again",
                         self.folder / "lock",
                     ) from None
+                # A lock of this kind cannot be waited for with a time limit.
                 time.sleep(_LOCK_POLL)
 
     def _replace(self, path: Path, content: bytes) -> None:
