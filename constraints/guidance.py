@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -18,7 +17,7 @@ from constraints.errors import ConstraintError
 from constraints.forced import CONTEXT, canonical_run
 from constraints.machine import MAX_STEPS, compiled
 from constraints.masks import masks, owners
-from constraints.token_set import Row, TokenSet, freeze, pack
+from constraints.token_set import Row, TokenSet, freeze
 from constraints.vocabulary import Vocabulary
 
 SPECIAL = b"\xff"
@@ -341,32 +340,16 @@ def forced_row(vocabulary: Vocabulary, at: LLMatcher, forced: bytes) -> Row:
     """The mask where the bytes `forced` must follow: the tokens that begin them, and those that go beyond."""
     v = vocabulary
     ids = [i for end in range(1, len(forced) + 1) for i in v.ids_by_bytes.get(forced[:end], ())]
-    spellings = v.spellings
-    place = bisect_right(spellings, forced)
-    beyond: Row | None = None
-    while place < len(spellings) and spellings[place].startswith(forced):
-        if beyond is None:
-            beyond = _row_after(v, at, forced)
-        byte = spellings[place][len(forced)]
-        end = bisect_left(spellings, forced + bytes((byte + 1,))) if byte < 0xFF else len(spellings)
-        alone = v.ids_by_bytes.get(bytes((byte,)))
-        if alone is None or _has(beyond, alone[0]):
-            for text in spellings[place:end]:
-                same = v.ids_by_bytes[text]
-                if text.startswith(forced) and at.validate_tokens([same[0]]):
-                    ids.extend(same)
-        place = end
-    return pack(np.array(ids, np.int64), v.size)
-
-
-def _row_after(vocabulary: Vocabulary, at: LLMatcher, forced: bytes) -> Row:
-    """A mask without the tokens that surely cannot stand after `forced`."""
-    whole = vocabulary.ids_by_bytes.get(forced)
-    if whole is None:
-        return vocabulary.text_tokens.row
-    beyond = at.deep_copy()
-    beyond.consume_token(whole[0])
-    return vocabulary.text_tokens.row if beyond.is_stopped() else compute_row(vocabulary, beyond)
+    for probe, groups in v.beyond(forced):
+        # Where a byte may not follow, no token that writes it there may come: asked once for all of them.
+        if not probe or at.validate_tokens(probe) == len(probe):
+            for same in groups:
+                if at.validate_tokens([same[0]]):
+                    ids += same
+    bits = bytearray(4 * v.num_words)
+    for token in ids:
+        bits[token >> 3] |= 1 << (token & 7)
+    return np.frombuffer(bits, np.int32)
 
 
 def _has(row: Row, token: int) -> bool:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import Full, Queue
 from tempfile import NamedTemporaryFile
@@ -42,9 +43,13 @@ WAITING = 64
 
 def default_folder() -> Path:
     """`constraints` in `$AICI_CACHE`, else in `aici` in `$XDG_CACHE_HOME`, else in `~/.cache/aici`."""
-    if named := os.environ.get("AICI_CACHE"):
+    return _folder(os.environ.get("AICI_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@lru_cache(8)
+def _folder(named: str | None, base: str | None) -> Path:
+    if named:
         return Path(named).expanduser() / "constraints"
-    base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "aici" / "constraints"
 
 
@@ -63,8 +68,13 @@ class Index:
 
 
 def path_of(folder: Path, vocabulary: Vocabulary, pattern: str) -> Path:
-    name = hashlib.sha256(json.dumps([FORMAT, vocabulary.key, pattern]).encode()).hexdigest()
-    return folder / f"index-{name[:40]}.npy"
+    return Path(_path_of(folder, vocabulary, pattern))
+
+
+def _path_of(folder: Path, vocabulary: Vocabulary, pattern: str) -> str:
+    """As `path_of`; a `Path` is slow to make, and a first mask waits for this."""
+    named = f"{FORMAT} {vocabulary.key} {pattern}".encode(errors="surrogatepass")
+    return f"{folder}/index-{hashlib.blake2b(named, digest_size=20).hexdigest()}.npy"
 
 
 def load(path: Path, vocabulary: Vocabulary) -> Index | None:
@@ -141,7 +151,8 @@ class Builder:
 
     def find(self, vocabulary: Vocabulary, pattern: str) -> Index | None:
         """The index on disk, None when there is none."""
-        return load(self._path(vocabulary, pattern), vocabulary)
+        path = _path_of(self.folder or default_folder(), vocabulary, pattern)
+        return load(Path(path), vocabulary) if os.path.exists(path) else None
 
     def ask(self, vocabulary: Vocabulary, pattern: str, ready: Callable[[Index], None]) -> bool:
         """Build in the background and call `ready` from there.

@@ -24,6 +24,8 @@ REFUSED = frozenset(
 EXCERPT = re.compile(r"^ +(\d+ \||\^ *$).*\n?", re.MULTILINE)
 """Lines with which llguidance shows a place in the grammar that this file wrote."""
 
+TOO_DEEP = "the JSON schema nests too deeply"
+
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SCHEMAS = ("items", "additionalProperties", "additionalItems")
@@ -36,32 +38,60 @@ def json_schema(vocabulary: Vocabulary, schema: Any, *, compact: bool = False) -
     free between tokens of JSON; `compact` allows none, so that more of the text is forced. Raises
     `ConstraintError` naming the keyword, and its place in the schema, of what is not supported.
     """
-    parsed = _parsed(schema)
-    check(parsed)
-    options = {"whitespace_flexible": not compact}
-    whole = {**(parsed if isinstance(parsed, dict) else {}), "x-guidance": options}
-    source = json.dumps({"grammars": [{"json_schema": whole}]})
-    names = lambda: SchemaNames(parsed, compact, BASE)  # noqa: E731
-    key = ("json", vocabulary.key, source)
+    text = _text_of(schema)
+    key = ("json", vocabulary.key, text, compact)
+    return GuidanceConstraint(compiled.get(key, lambda: _compiled(vocabulary, text, compact)))
+
+
+def _compiled(vocabulary: Vocabulary, text: str, compact: bool) -> GuidanceGrammar:
+    schema = _parsed(text)
+    check(schema)
     try:
-        return GuidanceConstraint(compiled.get(key, lambda: GuidanceGrammar(vocabulary, source, names)))
+        return GuidanceGrammar(
+            vocabulary, _source(schema, text, compact), lambda: SchemaNames(schema, compact, BASE)
+        )
     except ConstraintError as error:
-        raise ConstraintError(f"the JSON schema does not compile: {_explained(str(error), parsed)}") from None
+        raise ConstraintError(f"the JSON schema does not compile: {_explained(str(error), schema)}") from None
 
 
-def _parsed(schema: Any) -> dict[str, Any] | bool:
+def _text_of(schema: Any) -> str:
+    """The schema as JSON text, which nobody changes later."""
+    if isinstance(schema, str):
+        return schema
+    if isinstance(schema, bytes):
+        schema = _parsed(schema)
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
         schema = schema.model_json_schema()
-    if isinstance(schema, (str, bytes)):
-        try:
-            schema = json.loads(schema)
-        except ValueError as error:
-            raise ConstraintError(f"the JSON schema is no JSON: {error}") from None
     if not isinstance(schema, (dict, bool)):
         raise ConstraintError(
             f"a JSON schema is a dict, its JSON text or a pydantic model class, not {type(schema).__name__}"
         )
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise ConstraintError(f"the JSON schema cannot be written as JSON: {error}") from None
+    except RecursionError:
+        raise ConstraintError(TOO_DEEP) from None
+
+
+def _parsed(text: str | bytes) -> dict[str, Any] | bool:
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise ConstraintError(f"the JSON schema is no JSON: {error}") from None
+    except RecursionError:
+        raise ConstraintError(TOO_DEEP) from None
+    if not isinstance(schema, (dict, bool)):
+        raise ConstraintError(f"the JSON text of a schema is an object or a bool, not {text!r:.60}")
     return schema
+
+
+def _source(schema: dict[str, Any] | bool, text: str, compact: bool) -> str:
+    """The schema as llguidance reads it, which takes white space to be free if it is not told otherwise."""
+    if compact or not isinstance(schema, dict) or "x-guidance" in schema:
+        options = {"whitespace_flexible": not compact}
+        text = json.dumps({**(schema if isinstance(schema, dict) else {}), "x-guidance": options})
+    return f'{{"grammars": [{{"json_schema": {text}}}]}}'
 
 
 def walk(schema: Any, path: str = "#") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,12 +116,34 @@ def check(schema: Any) -> None:
     if schema is False:
         raise ConstraintError("the JSON schema `false` allows no document")
     try:
+        if not _has_refused(schema):
+            return
         for path, part in walk(schema):
             for keyword in part:
                 if keyword in REFUSED:
                     raise ConstraintError(f"JSON schema keyword '{keyword}' at {path} is not supported")
     except RecursionError:
-        raise ConstraintError("the JSON schema nests too deeply") from None
+        raise ConstraintError(TOO_DEEP) from None
+
+
+def _has_refused(schema: Any) -> bool:
+    """Whether `walk` meets a refused keyword; quicker than `walk`, because it makes no paths."""
+    if not isinstance(schema, dict):
+        return False
+    if not REFUSED.isdisjoint(schema):
+        return True
+    for name, below in schema.items():
+        if not isinstance(below, (dict, list)):
+            continue
+        if name in SCHEMA_MAPS and isinstance(below, dict):
+            found = any(map(_has_refused, below.values()))
+        elif isinstance(below, list):
+            found = (name in SCHEMA_LISTS or name in SCHEMAS) and any(map(_has_refused, below))
+        else:
+            found = name in SCHEMAS and _has_refused(below)
+        if found:
+            return True
+    return False
 
 
 def _explained(message: str, schema: Any) -> str:

@@ -81,6 +81,8 @@ def negate(ranges: Ranges) -> Ranges:
 
 
 def of_chars(text: str) -> Ranges:
+    if len(text) == 1 and not SURROGATES[0] <= (code := ord(text)) <= SURROGATES[1]:
+        return ((code, code),)
     return normal([(ord(c), ord(c)) for c in text])
 
 
@@ -112,6 +114,7 @@ UNSUPPORTED_GROUPS = (
     ("P=", "back reference"), ("P>", "recursion"), ("#", "comment"), ("(", "condition"),
 )  # fmt: skip
 INLINE_FLAGS = re.compile(r"\(\?[a-z-]+\)")
+SIGNS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 HEX_LENGTH = {"x": 2, "u": 4, "U": 8}
 
 
@@ -148,7 +151,9 @@ def parse(pattern: str) -> Tree:
     a newline, lazy quantifiers match what greedy ones do. `ConstraintError` names the place of anything else.
     """
     tree = _Parser(pattern).parse()
-    if (size := positions(tree)) > MAX_POSITIONS:
+    # Without counted repeats there are at most as many as the pattern has characters.
+    counted = "{" in pattern or len(pattern) > MAX_POSITIONS
+    if counted and (size := positions(tree)) > MAX_POSITIONS:
         raise ConstraintError(
             f"regex {shown(pattern)} describes up to {size} characters in sequence;"
             f" {MAX_POSITIONS} are allowed, so use smaller repeat counts or an open-ended repeat"
@@ -311,11 +316,11 @@ class _Parser:
         return Repeat(body, low, high)
 
     def _bounds(self) -> tuple[int, int | None] | None:
-        for sign, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
-            if self._take(sign):
-                return bounds
-        end = self.pattern.find("}", self.at)
-        if not self._peek("{") or end < 0:
+        sign = self.pattern[self.at : self.at + 1]
+        if sign in SIGNS:
+            self.at += 1
+            return SIGNS[sign]
+        if sign != "{" or (end := self.pattern.find("}", self.at)) < 0:
             return None
         low, comma, high = self.pattern[self.at + 1 : end].partition(",")
         if not (low + high).isdecimal() or not (low + high).isascii() or not (low.isdecimal() or comma):
@@ -495,7 +500,7 @@ def first_ascii(tree: Tree) -> bytes:
     """Every ASCII character with which a match may begin, some more than once."""
     match tree:
         case Chars(ranges):
-            return bytes(code for low, high in ranges if low < 128 for code in range(low, min(high, 127) + 1))
+            return b"".join(bytes(range(low, min(high, 127) + 1)) for low, high in ranges if low < 128)
         case Cat(parts):
             found = b""
             for part in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,12 @@ from constraints.token_set import Row, TokenSet, freeze, pack
 
 FORMAT = b"vocabulary 1"
 """Part of every key: raise when the same tokenizer gives another vocabulary than before."""
+
+MAX_BEYOND = 4096
+"""Texts whose longer tokens a vocabulary remembers."""
+
+Beyond = tuple[list[int], list[tuple[int, ...]]]
+"""Two tokens that write a text and a byte, [] for none; and the ids of all tokens that begin with both."""
 
 _known: WeakValueDictionary[str, Vocabulary] = WeakValueDictionary()
 
@@ -57,6 +64,7 @@ class Vocabulary:
         self._bytes = [b"" if i in self._specials else text for i, text in enumerate(texts)]
         self._bytes += [b""] * (self.size - len(tokens))
         self._encode = encode
+        self._beyond: dict[bytes, list[Beyond]] = {}
 
     def _check_ids(self) -> None:
         named = [*self.eos_token_ids, *self._specials]
@@ -181,6 +189,28 @@ class Vocabulary:
     def spellings(self) -> list[bytes]:
         """The bytes of all text tokens, sorted, each once."""
         return sorted(self.ids_by_bytes)
+
+    def beyond(self, text: bytes) -> list[Beyond]:
+        """The tokens that begin with `text` and go on, by the byte that follows it. Remembered."""
+        known = self._beyond.get(text)
+        if known is None:
+            if len(self._beyond) >= MAX_BEYOND:
+                self._beyond.clear()
+            known = self._beyond[text] = self._going_beyond(text)
+        return known
+
+    def _going_beyond(self, text: bytes) -> list[Beyond]:
+        found: dict[int, list[tuple[int, ...]]] = {}
+        place = bisect_right(self.spellings, text)
+        while place < len(self.spellings) and (longer := self.spellings[place]).startswith(text):
+            found.setdefault(longer[len(text)], []).append(self.ids_by_bytes[longer])
+            place += 1
+        whole = self.ids_by_bytes.get(text)
+        groups: list[Beyond] = []
+        for byte, ids in found.items():
+            alone = self.ids_by_bytes.get(bytes((byte,)))
+            groups.append(([whole[0], alone[0]] if whole and alone else [], ids))
+        return groups
 
     @cached_property
     def longest_token(self) -> int:

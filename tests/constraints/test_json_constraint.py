@@ -297,6 +297,10 @@ def test_what_is_not_enforced_is_refused_by_name_and_place(keyword: str, smol: V
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "nsatisfiable"),
         ("{", "is no JSON"),
         (7, "not int"),
+        ("[1]", "an object or a bool"),
+        (b"7", "an object or a bool"),
+        ({"default": {1, 2}}, "cannot be written"),
+        ("[" * 100_000, "too deeply"),
     ],
 )
 def test_what_does_not_compile_is_explained(schema: Any, message: str, smol: Vocabulary):
@@ -322,6 +326,22 @@ def test_a_user_cannot_turn_the_checks_off(smol: Vocabulary):
     schema = {"type": "string", "format": "no-such", "x-guidance": {"lenient": True}}
     with pytest.raises(ConstraintError, match="no-such"):
         json_schema(smol, schema)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_schema_is_what_it_was_when_it_was_given(smol: Vocabulary, compact: bool):
+    schema: dict[str, Any] = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    text = json.dumps(schema)
+    constraint, other = json_schema(smol, schema, compact=compact), json_schema(smol, text, compact=compact)
+    assert constraint.state_key() == other.state_key(), "equal schemas share their masks"
+    schema["properties"].clear()
+    for token in smol.tokenize('{"a":12'):
+        constraint.append_token(token)
+        other.append_token(token)
+        assert (constraint.mask_row() == other.mask_row()).all()
+    assert smol.ids_by_bytes[b"x"][0] not in TokenSet(smol.size, row=constraint.mask_row()).ids()
+    spaced = '{ "a":\n12}'
+    assert accepts(json_schema(smol, text, compact=compact), smol, spaced) is not compact
 
 
 def test_a_hostile_schema_is_refused(smol: Vocabulary):
