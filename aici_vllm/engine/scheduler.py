@@ -622,7 +622,10 @@ class Scheduler(AsyncScheduler):
         if self.checkpoints.free_one():
             return True
         holders = [m for m in self._controlled.values() if m.request.num_computed_tokens and not m.finished]
-        idle = [m for m in holders if m.request.status is RequestStatus.WAITING and m.request is not wanting]
+        # One that this step has passed over, for its LoRA adapter, is in no queue until the step is made.
+        queued = {request.request_id for request in self.kv_holding_waiting}
+        idle = [m for m in holders if m.parked or m.request.request_id in queued]
+        idle = [m for m in idle if m.request is not wanting]
         if not idle:
             return False
         member = min(idle, key=lambda m: not m.parked)

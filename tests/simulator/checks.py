@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import get_block_hash, hash_block_tokens
 from vllm.v1.request import RequestStatus
 
-from tests.simulator.engine import Engine, EngineError, block_hash
+from tests.simulator.engine import Engine, EngineError, block_hash, lora_names
 from tests.simulator.model import Prefix
 
 
@@ -119,11 +119,20 @@ class Checker:
             assert start.parent is not None
             start = start.parent
         parent: Any = self._chain(start) if start.length else None
-        salt = next((s for s, root in self._engine.roots.items() if root is start), None)
-        extra = (("cache_salt", salt),) if salt is not None and not start.length else None
-        made = hash_block_tokens(block_hash, parent, tokens[::-1], extra)
+        made = hash_block_tokens(block_hash, parent, tokens[::-1], self._extra(start))
         self._hashes[prefix] = made
         return made
+
+    def _extra(self, start: Prefix) -> Any:
+        """What the hash of a block after `start` is made of besides tokens."""
+        root = start
+        while root.parent is not None:
+            root = root.parent
+        salt, adapter = next(key for key, found in self._engine.roots.items() if found is root)
+        name, _, folder = lora_names(adapter)
+        extra = [("lora", name, folder)] if adapter else []
+        extra += [("cache_salt", salt)] if salt is not None and not start.length else []
+        return tuple(extra) or None
 
     def _managers(self) -> Any:
         return self._engine.scheduler.kv_cache_manager.coordinator.single_type_managers

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.interface import PauseState
@@ -53,6 +54,7 @@ class Job:
         gone: request ids that the client gave up.
         aborted: the engine gave it up.
         refused: the checkpoint that it goes on from did not exist.
+        adapter: number of its LoRA adapter, 0 for none.
         told: branch index → its tokens, the prompt's too, after the events that a watching client got.
     """
 
@@ -61,6 +63,7 @@ class Job:
     max_tokens: int
     program: Program | None
     salt: str | None
+    adapter: int
     streamed: bool
     choices: list[str]
     sent: dict[str, list[int]] = field(default_factory=dict)
@@ -82,7 +85,8 @@ class Engine:
 
     def __init__(self, settings: Settings, scheduler_class: type | None = None) -> None:
         self.settings = settings
-        self.roots: dict[str | None, Prefix] = {}
+        self.roots: dict[tuple[str | None, int], Prefix] = {}
+        """Salt and adapter → the empty sequence of requests with both."""
         self.jobs: dict[str, Job] = {}
         self.steps = 0
         self.resets = 0
@@ -104,10 +108,15 @@ class Engine:
     # What clients do.
 
     def add_plain(
-        self, prompt: list[int], max_tokens: int, salt: str | None = None, priority: int = 0
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        salt: str | None = None,
+        priority: int = 0,
+        adapter: int = 0,
     ) -> Job:
         """A request without a controller."""
-        job = self._new_job(prompt, max_tokens, None, salt, 1, False)
+        job = self._new_job(prompt, max_tokens, None, salt, 1, False, adapter)
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         params._eos_token_id = EOS
         self._add(job, job.name, params, priority)
@@ -127,6 +136,7 @@ class Engine:
         start: str | None = None,
         drop: str | None = None,
         live: bool = False,
+        adapter: int = 0,
     ) -> Job:
         """A request whose controller runs `program`.
 
@@ -136,12 +146,12 @@ class Engine:
             drop: the checkpoint to forget.
             live: the client watches every branch.
         """
-        job = self._new_job(prompt, max_tokens, program, salt, choices, streamed)
+        job = self._new_job(prompt, max_tokens, program, salt, choices, streamed, adapter)
         self.programs.scripts[job.name] = program
         extra = {CHECKPOINT: job.name if checkpoint else None, FROM: start, DROP: drop}
         if start is not None:
             kept = self.scheduler.checkpoints._requests.get(start)
-            job.refused = kept is None or kept.cache_salt != salt
+            job.refused = kept is None or (kept.cache_salt, _number(kept)) != (salt, adapter)
             job.prompt = job.prompt if kept is None or job.refused else list(kept.all_token_ids)
         for choice in job.choices:
             args: dict[str, Any] = {CONTROLLER: job.name}
@@ -283,7 +293,7 @@ class Engine:
 
     def check_job(self, job: Job) -> None:
         """Compare what a client got with the reference; of a plain request given up, the beginning."""
-        root, context = self.roots[job.salt], self.settings.context
+        root, context = self.roots[job.salt, job.adapter], self.settings.context
         if job.program is None:
             tokens = run_plain(root, job.prompt, job.max_tokens, context)
             self._check_sent(job, job.choices[0], tokens)
@@ -364,7 +374,11 @@ class Engine:
         return WorkerV2(*shape) if settings.v2 else WorkerV1(*shape, asynchronous=settings.asynchronous)
 
     def _root_of(self, request_id: str) -> Prefix:
-        return self.roots[self.scheduler.requests[request_id].cache_salt]
+        request = self.scheduler.requests[request_id]
+        return self._root(request.cache_salt, _number(request))
+
+    def _root(self, salt: str | None, adapter: int) -> Prefix:
+        return self.roots.setdefault((salt, adapter), Prefix(root=f"{salt or ''}{adapter or ''}"))
 
     def _new_job(
         self,
@@ -374,11 +388,12 @@ class Engine:
         salt: Any,
         choices: int,
         streamed: bool,
+        adapter: int = 0,
     ) -> Job:
-        self.roots.setdefault(salt, Prefix(root=salt or ""))
+        self._root(salt, adapter)
         name = f"r{len(self.jobs)}"
         ids = [name] if choices == 1 else [f"{index}_{name}" for index in range(choices)]
-        job = Job(name, prompt, max_tokens, program, salt, streamed, ids)
+        job = Job(name, prompt, max_tokens, program, salt, adapter, streamed, ids)
         self.jobs[name] = job
         self._job_of |= dict.fromkeys(ids, job)
         return job
@@ -391,10 +406,20 @@ class Engine:
             None,
             arrival_time=float(len(self.jobs)),
             cache_salt=job.salt,
+            lora_request=LoRARequest(*lora_names(job.adapter)) if job.adapter else None,
             priority=priority,
             block_hasher=self._hasher if self.settings.prefix_caching else None,
         )
         self.scheduler.add_request(request)
+
+
+def lora_names(adapter: int) -> tuple[str, int, str]:
+    """Name, number and folder of a LoRA adapter that nobody loads."""
+    return f"adapter {adapter}", adapter, "nowhere"
+
+
+def _number(request: Request) -> int:
+    return 0 if request.lora_request is None else request.lora_request.lora_int_id
 
 
 class _NoGrammars:

@@ -87,11 +87,12 @@ def run_schedule(
 def _arrive(rng: random.Random, engine: Engine) -> None:
     prompt = [*rng.choice(PROMPTS)] * rng.choice([1, 1, 2]) + rng.sample(TEXT_TOKENS, rng.choice([0, 0, 3]))
     salt = rng.choice([None, None, None, "a"])
+    adapter = rng.randint(0, 3) if engine.settings.adapters else 0
     max_tokens = rng.choice([1, 6, 30, 200, 200])
     max_tokens = min(max_tokens, engine.settings.context - len(prompt))
     priority = rng.randint(0, 2)
     if rng.random() < 0.3:
-        engine.add_plain(prompt, max_tokens, salt, priority)
+        engine.add_plain(prompt, max_tokens, salt, priority, adapter)
         return
     kept = sorted(engine.scheduler.checkpoints._requests)
     engine.add_controlled(
@@ -106,6 +107,7 @@ def _arrive(rng: random.Random, engine: Engine) -> None:
         start=rng.choice([*kept, "none/0"]) if kept and rng.random() < 0.5 else None,
         drop=rng.choice(kept).split("/")[0] if kept and rng.random() < 0.2 else None,
         live=rng.random() < 0.2,
+        adapter=adapter,
     )
 
 

@@ -30,6 +30,7 @@ class Settings:
         longest_chunk: tokens of a prompt in one step, while others wait; 0 for no bound.
         few_masks: the table of masks holds no more rows than two steps need.
         throttled: two steps of three put prefills off, as data parallelism does to balance its engines.
+        adapters: how many LoRA adapters a step may use; 0 for an engine without LoRA.
     """
 
     asynchronous: bool = True
@@ -49,6 +50,7 @@ class Settings:
     log_stats: bool = False
     few_masks: bool = False
     throttled: bool = False
+    adapters: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -77,6 +79,7 @@ def random_settings(rng: random.Random) -> Settings:
         log_stats=rng.random() < 0.2,
         few_masks=rng.random() < 0.3,
         throttled=rng.random() < 0.1,
+        adapters=rng.choice([0, 0, 1, 2]),
     )
 
 
@@ -116,6 +119,8 @@ _MODEL = {
 
 def vllm_config(settings: Settings) -> Any:
     """vLLM's configuration for these settings."""
+    from vllm.config import LoRAConfig
+
     config = copy.copy(_base_config())
     for name in ("model_config", "cache_config", "scheduler_config"):
         setattr(config, name, copy.copy(getattr(config, name)))
@@ -124,6 +129,7 @@ def vllm_config(settings: Settings) -> Any:
     config.cache_config.num_gpu_blocks = settings.num_blocks
     config.cache_config.enable_prefix_caching = settings.prefix_caching
     config.additional_config = {"aici": {"limits": {"branches": 64, "checkpoints": 6}}}
+    config.lora_config = LoRAConfig(max_loras=settings.adapters) if settings.adapters else None
     scheduler = config.scheduler_config
     scheduler.async_scheduling = settings.asynchronous
     scheduler.max_num_seqs = settings.most_running

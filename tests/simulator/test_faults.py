@@ -199,6 +199,22 @@ def taking_back_not_told_to_who_watches(patch: Patch) -> None:
     wrapped(patch, Sequence, "_note", make)
 
 
+def adapter_lost_in_a_fork(patch: Patch) -> None:
+    def make(child_request: Any) -> Any:
+        def without_adapter(*args: Any) -> Any:
+            request = child_request(*args)
+            request.lora_request = None
+            return request
+
+        return without_adapter
+
+    wrapped(patch, scheduler_module, "child_request", make)
+
+
+def checkpoint_gone_on_from_under_any_adapter(patch: Patch) -> None:
+    patch.setattr("aici_vllm.engine.checkpoints._weights_and_tenant", lambda request: request.cache_salt)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (stale_hashes_after_a_splice, ROOMY, "stale hash|reads block"),
     (partial_block_shared_without_a_copy, ROOMY, f"{VLLM_ASSERTS}|reads block"),
@@ -217,10 +233,16 @@ FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (mask_row_given_away_while_it_is_used, ROOMY, "came to"),
     (taking_back_not_told_to_who_watches, ROOMY, "events told"),
     (waiting_branches_not_woken, ROOMY, "sleeps"),
-    (blocks_of_idle_branches_not_reclaimed, replace(TIGHT, spare_blocks=0), "."),
+    (
+        blocks_of_idle_branches_not_reclaimed,
+        replace(TIGHT, spare_blocks=0, block_size=16),
+        "computed nothing",
+    ),
     (output_not_sent_with_a_queued_request, replace(ROOMY, v2=False), "."),
     (output_not_sent_while_no_request_runs, ROOMY, "sleeps"),
     (discarded_rows_counted_as_passes, ROOMY, "counts"),
+    (adapter_lost_in_a_fork, replace(ROOMY, adapters=2), "came to|reads block|stale hash"),
+    (checkpoint_gone_on_from_under_any_adapter, replace(ROOMY, adapters=2), "came to|reads block|went on"),
 ]
 
 

@@ -54,3 +54,17 @@ def test_branches_do_not_preempt_each_other_for_ever() -> None:
     simulation = Simulation(tight)
     simulation.engine.add_controlled([["fork", children]], [*PROMPT, *PROMPT, *PROMPT, *PROMPT[:3]], 24)
     simulation.finish()
+
+
+def test_blocks_of_a_branch_that_waits_for_its_adapters_turn_are_taken_once() -> None:
+    """A step passes it over and then, short of blocks for the next request, takes its blocks."""
+    generates = ["gen", None, 2, None, None, None]
+    simulation = Simulation(
+        Settings(asynchronous=False, block_size=16, spare_blocks=0, adapters=1, slow_scripts=2)
+    )
+    simulation.engine.add_controlled([generates, ["fixed", "ab"]] * 6, PROMPT, 80, adapter=1)
+    for max_tokens, prompt in ((20, PROMPT * 2), (10, (PROMPT * 12)[:80])):
+        for _ in range(10):
+            simulation.step()
+        simulation.engine.add_plain(prompt, max_tokens, adapter=2)
+    simulation.finish()

@@ -16,7 +16,7 @@ from aici_vllm.engine.masks import StepMasks, request_lane
 from tests.simulator.model import PLAIN_TOKENS, Prefix, allowed_by, next_token
 
 RootOf = Callable[[str], Prefix]
-"""Request id → the empty sequence that its tokens follow: requests with other salts share no KV."""
+"""Request id → the empty sequence that its tokens follow: other salts and adapters share no KV."""
 
 
 class WorkerError(AssertionError):
