@@ -56,7 +56,7 @@ class Checkpoints:
                 f"there is no checkpoint {name!r}: it was never made, was dropped, or {self._limit} newer "
                 "ones took its place; send the text again"
             )
-        if (checkpoint.lora_request, checkpoint.cache_salt) != (request.lora_request, request.cache_salt):
+        if _weights_and_tenant(checkpoint) != _weights_and_tenant(request):
             raise BadRequestError(f"checkpoint {name!r} was made with another LoRA adapter or cache_salt")
         self._requests.move_to_end(name)
         return checkpoint
@@ -81,3 +81,10 @@ class Checkpoints:
     def _free(self, request: Request) -> None:
         self._manager.free(request)
         request.num_computed_tokens = 0
+
+
+def _weights_and_tenant(request: Request) -> tuple[str, str, str | None]:
+    """What must be equal for requests to share KV; vLLM's prefix cache tells the same apart."""
+    adapter = request.lora_request
+    names = ("", "") if adapter is None else (adapter.lora_name, adapter.lora_path)
+    return (*names, request.cache_salt)
