@@ -66,6 +66,14 @@ def move_prefix(manager: KVCacheManager, source: Request, target: Request, num_t
     return moved
 
 
+def forget_uncomputed(manager: KVCacheManager, request: Request) -> None:
+    """Take the hashes off blocks whose tokens were scheduled and will not be computed."""
+    for group in manager.coordinator.single_type_managers:
+        blocks = group.req_to_blocks.get(request.request_id, ())
+        first = request.num_computed_tokens // group.block_size
+        group.block_pool.evict_blocks({block.block_id for block in blocks[first:] if not block.is_null})
+
+
 def drop_copies(manager: KVCacheManager) -> None:
     """Forget the copies still to be made. Nobody may hold them: their requests have lost their blocks."""
     _, retained = manager.take_kv_cache_block_copies()

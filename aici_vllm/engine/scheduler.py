@@ -35,7 +35,7 @@ from aici_vllm.engine.admission import (
     is_controlled,
     operator_limits,
 )
-from aici_vllm.engine.blocks import can_share, drop_copies, keep_prefix, share_prefix
+from aici_vllm.engine.blocks import can_share, drop_copies, forget_uncomputed, keep_prefix, share_prefix
 from aici_vllm.engine.checkpoints import Checkpoints
 from aici_vllm.engine.compat import require_supported, send_output_tokens, wrap_allocation
 from aici_vllm.engine.controlled import (
@@ -143,6 +143,12 @@ class Scheduler(AsyncScheduler):
             self._hear_from_scripts()
             self._wait_for_scripts()
         return super().schedule(*args, **kwargs)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # vLLM hashes a block when it schedules the tokens that fill it. The priority policy may preempt
+        # the request later in the same step: then another request would find a block that nobody wrote.
+        forget_uncomputed(self.kv_cache_manager, request)
+        super()._preempt_request(request, *args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         self._step_members = members = []

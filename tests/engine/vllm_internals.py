@@ -26,6 +26,7 @@ MEMBERS = {
         "_update_request_with_output(request, new_token_ids, is_stale)",
         "_enqueue_waiting_request(request)",
         "_free_request(request)",
+        "_preempt_request(request)",
         "_inflight_prefills",
         "deferred_waiting",
         "hash_block_size",
@@ -78,6 +79,7 @@ MEMBERS = {
         "take_pending_cow_copies()",
     ],
     "vllm.v1.core.block_pool:BlockPool": [
+        "evict_blocks(block_ids)",
         "free_blocks(ordered_blocks)",
         "get_new_blocks(num_blocks)",
         "get_num_free_blocks()",
