@@ -1,5 +1,6 @@
 """What a branch does with sampled tokens until its await is over: the state behind one mask."""
 
+import copy
 from collections.abc import Hashable
 from typing import Protocol
 
@@ -49,6 +50,13 @@ class Sampling(Protocol):
         """Accept and return the tokens that must come next; [] when there is a choice.
 
         They are spliced instead of sampled, at no forward pass of their own.
+        """
+
+    def ahead(self, drafts: list[int]) -> "list[Sampling]":
+        """What the sampling becomes with the first draft, with the first two, and so on.
+
+        It goes no further than another token would be sampled: neither past a draft that may not come nor
+        past one that ends the sampling or leaves no choice. -1 is a draft that nobody knows.
         """
 
 
@@ -126,6 +134,28 @@ class Generation:
                     break
         return run
 
+    def ahead(self, drafts: list[int]) -> list[Sampling]:
+        reached: list[Sampling] = []
+        generation = self
+        try:
+            for draft in drafts:
+                if draft < 0 or not generation._constraint.token_allowed(draft):
+                    break
+                generation = generation._fork()
+                if not generation.accept(draft) and (generation.finished or generation.take_forced()):
+                    break
+                reached.append(generation)
+        except Exception:
+            # A user's own constraint may raise anything: it will again if the draft is what the model says.
+            pass
+        return reached
+
+    def _fork(self) -> "Generation":
+        twin = copy.copy(self)
+        twin._constraint = self._constraint.fork()
+        twin.tokens = list(self.tokens)
+        return twin
+
     def mask_key(self) -> Hashable | None:
         try:
             key = self._constraint.state_key()
@@ -194,6 +224,9 @@ class MaskedToken:
         return False
 
     def take_forced(self) -> list[int]:
+        return []
+
+    def ahead(self, drafts: list[int]) -> list[Sampling]:
         return []
 
     def matched(self) -> Splice | None:

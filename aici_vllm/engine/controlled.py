@@ -30,6 +30,7 @@ class Controlled:
             reported in the results.
         parked: the request is in none of vLLM's queues.
         awaited: a sibling waits for the KV that this branch computes next.
+        reach: how many tokens of a step with drafts were sampled under the branch's masks.
         forward_passes: steps in which this branch was computed.
         computed_tokens: tokens computed in them.
         discarded: rows computed in vain because a splice overtook them.
@@ -48,6 +49,7 @@ class Controlled:
     choice: bool = True
     parked: bool = True
     awaited: bool = False
+    reach: int = 1
     forward_passes: int = 0
     computed_tokens: int = 0
     discarded: int = 0

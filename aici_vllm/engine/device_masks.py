@@ -14,12 +14,14 @@ class DeviceMasks:
     Args:
         capacity: rows.
         words: int32 words in a row.
-        max_rows: rows of logits in one step, at most.
+        max_requests: requests in one step, at most.
+        width: rows of logits that each of them has, at most.
     """
 
-    def __init__(self, device: torch.device, capacity: int, words: int, max_rows: int):
+    def __init__(self, device: torch.device, capacity: int, words: int, max_requests: int, width: int = 1):
         self.table = torch.empty((capacity, words), dtype=torch.int32, device=device)
-        self._slots = torch.empty(max_rows, dtype=torch.int32, device=device)
+        self._slots = torch.empty(max_requests * width, dtype=torch.int32, device=device)
+        self._places = torch.empty((max_requests, width), dtype=torch.int32, device=device)
         self._has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
     def write(self, slots: list[int], rows: np.ndarray) -> None:
@@ -52,6 +54,26 @@ class DeviceMasks:
                 self._sent(torch.from_numpy(rows)),
                 self._sent(torch.from_numpy(slots[rows])),
             )
+
+    def apply_by_place(
+        self, logits: torch.Tensor, slots: np.ndarray, requests: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """As `apply`, where row i is that of place `places[i]` of request `requests[i]`.
+
+        Args:
+            logits: [rows, tokens], of any float type.
+            slots: int32[max_requests, width]; NO_MASK leaves the row alone.
+            requests, places: integers[rows], on the device.
+        """
+        self._places.copy_(self._pinned(torch.from_numpy(slots)), non_blocking=True)
+        on_device = self._slots[: len(logits)]
+        on_device.copy_(self._places[requests.long(), places.long()])
+        if self._has_kernel and logits.stride(1) == 1:
+            from aici_vllm.engine.mask_kernel import apply_masks
+
+            apply_masks(logits, self.table, on_device)
+        else:
+            self.apply(logits, on_device.cpu().numpy())
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._pinned(tensor).to(self.table.device, non_blocking=True)

@@ -39,7 +39,9 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
         if str(vllm_config.parallel_config.worker_cls).startswith("aici_vllm"):
             # Allocated now, so that vLLM counts it before it sizes the KV cache.
             words = -(-vllm_config.model_config.get_vocab_size() // 32)
-            self._masks = DeviceMasks(torch.device(device), table_rows(max_rows, words), words, max_rows)
+            width = 1 + vllm_config.num_speculative_tokens
+            capacity = table_rows(max_rows * width, words)
+            self._masks = DeviceMasks(torch.device(device), capacity, words, max_rows, width)
 
     def install(self, step: StepMasks | None) -> None:
         """Take the masks of the step that is about to sample; None for a step without any."""
@@ -74,6 +76,9 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         if self._slots is None:
             return logits
+        if self._slots.ndim > 1:
+            self._apply_to_drafts(logits, ctx)
+            return logits
         lanes = self._lanes[: len(logits)] if ctx is None else self._lanes[ctx.idx_mapping_np]
         # A lane that the message does not know is clipped to its last slot, which is NO_MASK.
         slots = self._slots.take(lanes, mode="clip")
@@ -81,3 +86,10 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
             assert self._masks is not None
             self._masks.apply(logits, slots)
         return logits
+
+    def _apply_to_drafts(self, logits: torch.Tensor, ctx: LogitsContext | None) -> None:
+        """With speculative decoding a request has a row behind each draft; which, only the device knows."""
+        assert self._masks is not None and self._slots is not None and ctx is not None
+        slots = self._slots.take(self._lanes, axis=0, mode="clip")
+        if (slots[ctx.idx_mapping_np] != NO_MASK).any():
+            self._masks.apply_by_place(logits, slots, ctx.expanded_idx_mapping, ctx.expanded_local_pos)

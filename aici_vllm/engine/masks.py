@@ -29,7 +29,7 @@ def request_lane(params: Any) -> int | None:
 
 
 def table_rows(max_rows: int, words: int) -> int:
-    """Rows of the table of an engine whose steps have up to `max_rows` sequences."""
+    """Rows of the table of an engine whose steps mask up to `max_rows` rows of logits."""
     return max(2 * max_rows, TABLE_BYTES // (4 * words))
 
 
@@ -72,7 +72,8 @@ class StepMasks:
     Attributes:
         grammar: vLLM's own structured-output masks, passed on untouched.
         slots: lane → row of the table, or NO_MASK, int32[lanes + 1]. The last one is NO_MASK and stands
-            for every lane beyond.
+            for every lane beyond. With speculative decoding int32[lanes + 1, width]: a lane has a slot for
+            the token that comes next and one behind each draft.
         new_slots: the rows to write first, [k].
         new_rows: their content, int32[k, words].
     """
@@ -87,7 +88,7 @@ class MaskTable:
     """Keys of the device table. When it is full, the rows that no step has used for longest go.
 
     Args:
-        capacity: rows; at least the number of sequences of one step.
+        capacity: rows; at least those of logits that one step masks.
     """
 
     def __init__(self, capacity: int):
@@ -102,19 +103,20 @@ class MaskTable:
         """Slots to give away next, the last one first, unless they were used after the step noted here."""
         self._steps = 0
 
-    def step(self, grammar: Any, samplings: "dict[int, Sampling]", lanes: int) -> StepMasks:
+    def step(self, grammar: Any, samplings: "dict[int, Sampling]", lanes: int, width: int = 1) -> StepMasks:
         """Find or make the row of each sequence.
 
         Args:
-            samplings: lane → what the sequence samples under.
+            samplings: `width` times the lane, and the number of a draft → what comes there is sampled under.
             lanes: more than the highest lane.
+            width: slots of a lane.
         """
-        slots = [NO_MASK] * (lanes + 1)
+        slots = [NO_MASK] * ((lanes + 1) * width)
         self._steps = step = self._steps + 1
         find, used = self._slots.get, self._used
         new_slots: list[int] = []
         new_rows: list[np.ndarray] = []
-        for lane, sampling in samplings.items():
+        for place, sampling in samplings.items():
             key = sampling.mask_key()
             slot = None if key is None else find(key)
             if slot is None:
@@ -122,11 +124,12 @@ class MaskTable:
                 new_slots.append(slot)
                 new_rows.append(sampling.mask_row())
             used[slot] = step
-            slots[lane] = slot
+            slots[place] = slot
         self.built += len(new_slots)
         self.reused += len(samplings) - len(new_slots)
         stacked = np.stack(new_rows) if new_rows else None
-        return StepMasks(grammar, np.array(slots, np.int32), new_slots, stacked)
+        by_lane = np.array(slots, np.int32)
+        return StepMasks(grammar, by_lane if width == 1 else by_lane.reshape(-1, width), new_slots, stacked)
 
     def _take_slot(self, key: Hashable | None) -> int:
         if len(self._keys) < self.capacity:

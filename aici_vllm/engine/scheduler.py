@@ -25,6 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.controller.group import Group
+from aici_vllm.controller.sampling import Sampling
 from aici_vllm.engine.admission import (
     CHECKPOINT,
     CHOICES,
@@ -80,7 +81,9 @@ class Scheduler(AsyncScheduler):
         self.programs = Programs(self.limits)
         self.telemetry = Telemetry(self.vllm_config, self.log_stats)
         self._stats: SchedulerStats | None = None
-        self.masks = MaskTable(table_rows(self.max_num_running_reqs, self.vocabulary.num_words))
+        self._width = 1 + self.num_spec_tokens
+        most = self.max_num_running_reqs * self._width
+        self.masks = MaskTable(table_rows(most, self.vocabulary.num_words))
         self.lanes = Lanes()
         self.checkpoints = Checkpoints(self.kv_cache_manager, self.limits.checkpoints)
         self.live_views = LiveViews(self.vllm_config.scheduler_config.stream_interval)
@@ -165,6 +168,8 @@ class Scheduler(AsyncScheduler):
             send_output_tokens(scheduler_output, self.requests)
         if members:
             self.telemetry.computed(len(members))
+            # vLLM tells the scheduler of drafts only where somebody's masks depend on them.
+            scheduler_output.has_structured_output_requests |= self.num_spec_tokens > 0
         super()._update_after_schedule(scheduler_output)
         # The mask of a row depends on the token that is still being sampled: let the forward pass run
         # and sample once that token is known. vLLM has this for its own structured outputs.
@@ -180,7 +185,25 @@ class Scheduler(AsyncScheduler):
             and not member.request.is_prefill_chunk
             and member.branch.sampling is not None
         }
-        return self.masks.step(grammar, samplings, len(self.lanes)) if samplings else grammar
+        if not samplings:
+            return grammar
+        if self.num_spec_tokens:
+            samplings = self._with_drafts(samplings, scheduler_output.scheduled_spec_decode_tokens)
+        return self.masks.step(grammar, samplings, len(self.lanes), self._width)
+
+    def _with_drafts(
+        self, samplings: dict[int, Sampling], drafts: dict[str, list[int]]
+    ) -> dict[int, Sampling]:
+        """What each place of each lane is sampled under: the first token, and one behind each draft."""
+        width = self._width
+        places = {lane * width: sampling for lane, sampling in samplings.items()}
+        for member, _ in self._step_members:
+            sampling = samplings.get(member.lane)
+            if sampling is not None and (drafted := drafts.get(member.request.request_id)):
+                ahead = sampling.ahead(drafted)
+                member.reach = 1 + len(ahead)
+                places.update(enumerate(ahead, member.lane * width + 1))
+        return places
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -225,10 +248,14 @@ class Scheduler(AsyncScheduler):
             self._take_prompt_logprobs(member.group)
             return [], False
         settled: list[int] = []
-        for token in new_token_ids:
+        request.append_output_token_ids(new_token_ids)
+        if len(new_token_ids) > member.reach:
+            # What follows was sampled under no mask: a splice takes it back.
+            new_token_ids = new_token_ids[: member.reach]
+            self._unsettled[member.group] = None
+        for index, token in enumerate(new_token_ids):
             if member.logprobs is not None:
-                self._note_logprobs(member, member.logprobs)
-            request.append_output_token_ids(token)
+                self._note_logprobs(member, member.logprobs, index)
             if not member.branch.accept(token):
                 self._unsettled[member.group] = None
                 break
@@ -274,12 +301,13 @@ class Scheduler(AsyncScheduler):
         root.params = root.request.sampling_params
         self._unsettled[group] = None
 
-    def _note_logprobs(self, member: Controlled, logprobs: BranchLogprobs) -> None:
-        """Keep what this step says of the token that the branch is about to accept."""
+    def _note_logprobs(self, member: Controlled, logprobs: BranchLogprobs, index: int) -> None:
+        """Keep what this step says of its token `index`, which the branch is about to accept."""
         output = self._step_output
         assert output is not None and output.logprobs is not None
-        row = output.logprobs.slice_request(output.req_id_to_index[member.request.request_id], 1)
-        logprobs.add(len(member.branch.sequence), row)
+        at = output.req_id_to_index[member.request.request_id]
+        rows = output.logprobs.slice_request(at, index + 1)
+        logprobs.add(len(member.branch.sequence), rows.slice_request(index, 1))
 
     # What branches want, carried out.
 

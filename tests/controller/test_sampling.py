@@ -38,6 +38,48 @@ def accept(sampling: Sampling, text: str) -> None:
         sampling.accept(token)
 
 
+# Drafts.
+
+PATTERNS = st.sampled_from(["[a-c]*", "a(bc)+|a[ab]{2}", "(ab|abc){1,3}c?", "[a-c]{3}"])
+
+
+DRAFTS = st.lists(st.sampled_from([*b"abc", EOS, -1]), max_size=6)
+
+
+@given(PATTERNS, DRAFTS, st.integers(0, 3), st.integers(1, 5))
+def test_ahead_is_what_accepting_the_drafts_comes_to(
+    pattern: str, drafts: list[int], min_tokens: int, max_tokens: int
+) -> None:
+    def started() -> Generation:
+        made = generation(constraints.regex(VOCABULARY, pattern), max_tokens, min_tokens=min_tokens)
+        made.take_forced()
+        return made
+
+    asked, running = started(), started()
+    reached = asked.ahead(drafts)
+    assert asked.tokens == running.tokens and allowed(asked) == allowed(running)
+    for draft, sampling in zip(drafts, reached, strict=False):
+        running.accept(draft)
+        assert not running.finished and running.take_forced() == []
+        assert allowed(sampling) == allowed(running) and sampling.mask_key() == running.mask_key()
+    if len(reached) < len(drafts) and (draft := drafts[len(reached)]) in allowed(running):
+        running.accept(draft)
+        assert running.finished or running.take_forced()
+
+
+def test_a_draft_at_which_a_constraint_breaks_is_as_far_as_it_goes() -> None:
+    class Breaks(AnyText):
+        def append_token(self, token: int) -> None:
+            if token == 2:
+                raise RuntimeError("no c")
+
+        def fork(self) -> Breaks:
+            return Breaks(self.vocabulary)
+
+    assert len(generation(Breaks(TINY), vocabulary=TINY).ahead([0, 1, 2, 0])) == 2
+    assert MaskedToken(TokenSet.of([1], 8), []).ahead([1]) == []
+
+
 # Ends.
 
 

@@ -38,7 +38,7 @@ def config() -> Any:
         speculative_config=None,
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-        model_config=SimpleNamespace(is_encoder_decoder=False, max_model_len=100),
+        model_config=SimpleNamespace(is_diffusion=False, is_encoder_decoder=False, max_model_len=100),
     )
 
 

@@ -100,7 +100,7 @@ def test_the_kernel_compiles_for_a_gpu(
 
 
 def test_the_table_takes_rows_anywhere() -> None:
-    masks = DeviceMasks(torch.device("cpu"), capacity=100, words=2, max_rows=4)
+    masks = DeviceMasks(torch.device("cpu"), capacity=100, words=2, max_requests=4)
     masks.write([90, 0], np.array([[1, 0], [0, 1]], np.int32))
     logits = torch.zeros(3, 64)
     masks.apply(logits, np.array([0, NO_MASK, 90], np.int32))

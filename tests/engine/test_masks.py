@@ -1,6 +1,7 @@
 """The mask table sends each row once, and each number goes to the row of logits that it is for."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,11 +78,12 @@ def test_lanes_are_the_lowest_free_numbers_and_their_array_shrinks() -> None:
     assert [lanes.take() for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
-def processor(max_num_seqs: int = 6, vocabulary: int = 40, worker_cls: str = "aici_vllm.Worker") -> Any:
+def processor(worker_cls: str = "aici_vllm.Worker", drafts: int = 0) -> Any:
     config: Any = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        num_speculative_tokens=drafts,
+        scheduler_config=SimpleNamespace(max_num_seqs=6),
         parallel_config=SimpleNamespace(worker_cls=worker_cls),
-        model_config=SimpleNamespace(get_vocab_size=lambda: vocabulary),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 40),
     )
     return AiciLogitsProcessor(config, torch.device("cpu"))
 
@@ -142,6 +144,23 @@ def test_a_lane_that_the_step_does_not_know_has_no_mask() -> None:
     masked.install(step(1))
     context: Any = SimpleNamespace(idx_mapping_np=np.array([0]))
     assert allowed(masked.apply(torch.zeros(1, 40), context)) == ["all"]
+
+
+def test_rows_behind_drafts_follow_their_requests() -> None:
+    masked = processor(drafts=2)
+    masked.add_request(4, controlled(0))
+    masked.add_request(2, controlled(1))
+    masked.add_request(0, SamplingParams())
+    slots = [[1, 0, NO_MASK], [2, NO_MASK, NO_MASK], [NO_MASK] * 3]
+    masked.install(replace(step(), slots=np.array(slots, np.int32)))
+    # Slot 4 has two drafts, slot 0 has one, slot 2 none.
+    context: Any = SimpleNamespace(
+        idx_mapping_np=np.array([4, 0, 2]),
+        expanded_idx_mapping=torch.tensor([4, 4, 4, 0, 0, 2]),
+        expanded_local_pos=torch.tensor([0, 1, 2, 0, 1, 0], dtype=torch.int32),
+    )
+    found = allowed(masked.apply(torch.zeros(6, 40), context))
+    assert found == [[1], [0], "all", "all", "all", [2]]
 
 
 @pytest.mark.parametrize("worker_cls", ["auto", "vllm.v1.worker.gpu_worker.Worker"])

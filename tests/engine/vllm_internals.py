@@ -27,6 +27,7 @@ MEMBERS = {
         "_enqueue_waiting_request(request)",
         "_free_request(request)",
         "_preempt_request(request)",
+        "num_spec_tokens",
         "_inflight_prefills",
         "deferred_waiting",
         "hash_block_size",
@@ -57,9 +58,11 @@ MEMBERS = {
     ],
     "vllm.v1.core.sched.output:SchedulerOutput": [
         "kv_cache_block_copies",
+        "has_structured_output_requests",
         "num_scheduled_tokens",
         "pending_structured_output_tokens",
         "preempted_req_ids",
+        "scheduled_spec_decode_tokens",
     ],
     "vllm.v1.core.kv_cache_manager:KVCacheManager": [
         "allocate_slots(request, num_new_tokens)",
@@ -151,7 +154,12 @@ MEMBERS = {
         "temperature",
         "top_p",
     ],
-    "vllm.config:VllmConfig": ["additional_config", "use_v2_model_runner"],
+    "vllm.config:VllmConfig": [
+        "additional_config",
+        "num_speculative_tokens",
+        "speculative_config",
+        "use_v2_model_runner",
+    ],
     "vllm.config:ModelConfig": ["get_vocab_size()", "try_get_generation_config()"],
     "vllm.v1.sample.logits_processor:LogitsProcessor": [
         "apply(logits)",
@@ -162,7 +170,11 @@ MEMBERS = {
         "add_request(req_idx, sampling_params)",
         "apply(logits, ctx)",
     ],
-    "vllm.v1.worker.gpu.sample.logits_processor:LogitsContext": ["idx_mapping_np"],
+    "vllm.v1.worker.gpu.sample.logits_processor:LogitsContext": [
+        "expanded_idx_mapping",
+        "expanded_local_pos",
+        "idx_mapping_np",
+    ],
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcRequestState": ["device"],
     "vllm.v1.worker.gpu.sample.sampler:Sampler": ["logits_processors"],
     "vllm.v1.worker.gpu_input_batch:InputBatch": ["add_request(request)", "logitsprocs"],
@@ -214,6 +226,11 @@ MIRRORED = [
     f"{RUNNER_V2}.finish_requests",
     f"{RUNNER_V2}.add_requests",
     f"{RUNNER_V2}.update_requests",
+    f"{RUNNER_V2}.prepare_inputs",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify",
+    "vllm.v1.worker.gpu.spec_decode.utils:DraftTokensHandler.set_draft_tokens",
+    f"{SCHEDULER}.update_draft_token_ids",
+    f"{SCHEDULER}.update_draft_token_ids_in_output",
     "vllm.v1.worker.gpu.states:RequestState.add_request",
     "vllm.v1.sample.logits_processor.builtin:process_dict_updates",
 ]

@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 import aici_vllm.engine.scheduler as scheduler_module
@@ -20,12 +20,12 @@ from aici_vllm.engine.admission import CHECKPOINT, CHOICES, CONTROLLER, DROP, FR
 from aici_vllm.engine.live import EVENTS, LIVE
 from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.results import RESULTS_KEY
-from tests.simulator.model import EOS, Prefix, vocabulary
+from tests.simulator.model import EOS, PLAIN_TOKENS, TEXT_TOKENS, Prefix, allowed_by, vocabulary
 from tests.simulator.programs import SimulatedPrograms
 from tests.simulator.reference import run_plain, run_program
 from tests.simulator.scripts import TALLY, Program, takes_back_unmarked
 from tests.simulator.settings import Settings, kv_cache_config, vllm_config
-from tests.simulator.worker import Worker, WorkerV1, WorkerV2
+from tests.simulator.worker import UNKNOWN, Worker, WorkerV1, WorkerV2
 
 VOCABULARY = vocabulary()
 
@@ -208,7 +208,10 @@ class Engine:
         output = self._dispatch()
         masks = self.scheduler.get_grammar_bitmask(output)
         result = self._sample(output, masks)
-        return int(output.total_num_scheduled_tokens) + self._finish(output, result)
+        done = int(output.total_num_scheduled_tokens) + self._finish(output, result)
+        if self.settings.drafts and output.total_num_scheduled_tokens:
+            self.scheduler.update_draft_token_ids(self._drafts)
+        return done
 
     def _step_with_queue(self) -> int:
         deferred = None
@@ -228,6 +231,8 @@ class Engine:
         if deferred is None or self._queue:
             done += self._finish(*self._queue.pop())
         if deferred is not None:
+            if self.settings.drafts:
+                self.scheduler.update_draft_token_ids_in_output(self._drafts, deferred)
             masks = self.scheduler.get_grammar_bitmask(deferred)
             self._queue.appendleft((deferred, self._sample(deferred, masks)))
         return done
@@ -242,8 +247,32 @@ class Engine:
         if not output.total_num_scheduled_tokens:
             return ModelRunnerOutput(req_ids=[], req_id_to_index={})
         order, sampled = self.worker.sample_tokens(masks)
+        self._note_drafts(output, order)
         index = {request_id: at for at, request_id in enumerate(order)}
         return ModelRunnerOutput(req_ids=order, req_id_to_index=index, sampled_token_ids=sampled)
+
+    def _note_drafts(self, output: Any, order: list[str]) -> None:
+        """What the worker tells of its drafts, if vLLM asks for them after this step."""
+        unknown = [UNKNOWN] * self.settings.drafts
+        told = output.has_structured_output_requests
+        drafts = [self.worker.rows[name].drafts if told else unknown for name in order]
+        self._drafts = DraftTokenIds(order, [list(draft or unknown) for draft in drafts])
+
+    def _draft(self, request_id: str, prefix: Prefix, sampled: list[int]) -> list[int]:
+        """Guess what comes next, right more often than not."""
+        member = self.scheduler._controlled.get(request_id)
+        sampling = None if member is None else member.branch.sampling
+        drafts: list[int] = []
+        for _ in range(self.settings.drafts):
+            allowed = PLAIN_TOKENS
+            if sampling is not None:
+                known = [*sampled, *drafts]
+                reached = sampling.ahead(known)
+                allowed = allowed_by(reached[-1].mask_row()) if len(reached) == len(known) else TEXT_TOKENS
+            wrong = prefix.number % 4 == 0
+            drafts.append(allowed[(prefix.number + wrong) % len(allowed)])
+            prefix = prefix.then(drafts[-1])
+        return drafts
 
     def _finish(self, output: Any, result: ModelRunnerOutput) -> int:
         if self._aborts:
@@ -345,7 +374,7 @@ class Engine:
             )
         if passes + usage["discarded_rows"] != rows:
             raise EngineError(f"{job.name} counts {usage}, and {rows} rows were run")
-        if not self.resets and passes - partial != sampled:
+        if not self.resets and not self.settings.drafts and passes - partial != sampled:
             raise EngineError(f"{job.name} counts {usage}, and {partial} rows were partial")
 
     # Making.
@@ -364,14 +393,19 @@ class Engine:
             scheduler_module.model_vocabulary = real
         scheduler.use_v2_model_runner = self.settings.v2
         if self.settings.few_masks:
-            scheduler.masks = MaskTable(2 * self.settings.most_running)
+            scheduler.masks = MaskTable(2 * self.settings.most_running * (1 + self.settings.drafts))
         return scheduler
 
     def _worker(self) -> Worker:
         settings = self.settings
         windows = [None] if settings.window is None else [None, settings.window]
         shape = (settings.num_blocks, settings.block_size, windows, settings.most_running, self._root_of)
-        return WorkerV2(*shape) if settings.v2 else WorkerV1(*shape, asynchronous=settings.asynchronous)
+        if not settings.v2:
+            return WorkerV1(*shape, asynchronous=settings.asynchronous)
+        worker = WorkerV2(*shape)
+        if settings.drafts:
+            worker.most_drafts, worker.draft = settings.drafts, self._draft
+        return worker
 
     def _root_of(self, request_id: str) -> Prefix:
         request = self.scheduler.requests[request_id]
@@ -424,6 +458,9 @@ def _number(request: Request) -> int:
 
 class _NoGrammars:
     """vLLM's structured outputs, which nobody here asks for."""
+
+    def validate_tokens(self, request: Any, tokens: list[int]) -> list[int]:
+        return tokens
 
     def accept_tokens(self, request: Any, tokens: list[int]) -> bool:
         return True

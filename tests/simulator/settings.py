@@ -6,7 +6,7 @@ import copy
 import json
 import random
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Settings:
         few_masks: the table of masks holds no more rows than two steps need.
         throttled: two steps of three put prefills off, as data parallelism does to balance its engines.
         adapters: how many LoRA adapters a step may use; 0 for an engine without LoRA.
+        drafts: tokens of speculative decoding that each request gets proposed (Model Runner V2 only).
     """
 
     asynchronous: bool = True
@@ -51,6 +52,7 @@ class Settings:
     few_masks: bool = False
     throttled: bool = False
     adapters: int = 0
+    drafts: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -61,7 +63,7 @@ class Settings:
 
 def random_settings(rng: random.Random) -> Settings:
     """Any regime, from a roomy KV cache to one that holds a single sequence."""
-    return Settings(
+    settings = Settings(
         asynchronous=rng.random() < 0.6,
         v2=rng.random() < 0.5,
         block_size=rng.choice([2, 4, 4, 8, 16]),
@@ -81,6 +83,14 @@ def random_settings(rng: random.Random) -> Settings:
         throttled=rng.random() < 0.1,
         adapters=rng.choice([0, 0, 1, 2]),
     )
+    return replace(settings, drafts=_drafts(rng, settings))
+
+
+def _drafts(rng: random.Random, settings: Settings) -> int:
+    if not settings.v2:
+        return 0
+    # vLLM asserts that a chunk has room for a token and its drafts.
+    return rng.choice([0, 0, 1, 2 if settings.longest_chunk else 3])
 
 
 @cache
@@ -119,7 +129,7 @@ _MODEL = {
 
 def vllm_config(settings: Settings) -> Any:
     """vLLM's configuration for these settings."""
-    from vllm.config import LoRAConfig
+    from vllm.config import LoRAConfig, SpeculativeConfig
 
     config = copy.copy(_base_config())
     for name in ("model_config", "cache_config", "scheduler_config"):
@@ -139,6 +149,10 @@ def vllm_config(settings: Settings) -> Any:
     scheduler.scheduler_reserve_full_isl = settings.reserve_whole
     scheduler.watermark = settings.watermark
     scheduler.long_prefill_token_threshold = settings.longest_chunk
+    if settings.drafts:
+        config.speculative_config = SpeculativeConfig(
+            method="ngram_gpu", num_speculative_tokens=settings.drafts, prompt_lookup_max=2
+        )
     return config
 
 

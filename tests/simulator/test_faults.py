@@ -23,6 +23,9 @@ SCHEDULES = 250
 
 ROOMY = Settings()
 TIGHT = Settings(spare_blocks=4, most_running=4)
+DRAFTS = replace(ROOMY, drafts=3)
+PREEMPTING = replace(DRAFTS, drafts=1, asynchronous=False, policy="priority", reserve_whole=False)
+PREEMPTING = replace(PREEMPTING, block_size=2, spare_blocks=0, most_running=3, context=48)
 VLLM_ASSERTS = "^$"
 """vLLM's own assertions say nothing."""
 
@@ -215,6 +218,21 @@ def checkpoint_gone_on_from_under_any_adapter(patch: Patch) -> None:
     patch.setattr("aici_vllm.engine.checkpoints._weights_and_tenant", lambda request: request.cache_salt)
 
 
+def tokens_behind_drafts_sampled_under_no_mask(patch: Patch) -> None:
+    def make(with_drafts: Any) -> Any:
+        def with_first_places(self: Scheduler, samplings: Any, drafts: Any) -> Any:
+            places = with_drafts(self, samplings, drafts)
+            return {place: places[place] for place in places if place % self._width == 0}
+
+        return with_first_places
+
+    wrapped(patch, Scheduler, "_with_drafts", make)
+
+
+def hashes_of_preempted_tokens_kept(patch: Patch) -> None:
+    patch.setattr(scheduler_module, "forget_uncomputed", lambda manager, request: None)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (stale_hashes_after_a_splice, ROOMY, "stale hash|reads block"),
     (partial_block_shared_without_a_copy, ROOMY, f"{VLLM_ASSERTS}|reads block"),
@@ -243,6 +261,8 @@ FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (discarded_rows_counted_as_passes, ROOMY, "counts"),
     (adapter_lost_in_a_fork, replace(ROOMY, adapters=2), "came to|reads block|stale hash"),
     (checkpoint_gone_on_from_under_any_adapter, replace(ROOMY, adapters=2), "came to|reads block|went on"),
+    (tokens_behind_drafts_sampled_under_no_mask, DRAFTS, "came to"),
+    (hashes_of_preempted_tokens_kept, PREEMPTING, "stale hash"),
 ]
 
 

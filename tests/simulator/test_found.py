@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 
 from tests.simulator.schedules import Simulation
 from tests.simulator.settings import Settings
@@ -67,4 +68,16 @@ def test_blocks_of_a_branch_that_waits_for_its_adapters_turn_are_taken_once() ->
         for _ in range(10):
             simulation.step()
         simulation.engine.add_plain(prompt, max_tokens, adapter=2)
+    simulation.finish()
+
+
+def test_drafts_that_a_pause_hides_lead_to_no_unmasked_token() -> None:
+    generates = [["gen", seed, 30, None, None, None] for seed in range(1, 8)]
+    simulation = Simulation(Settings(drafts=3))
+    simulation.engine.add_controlled(generates, PROMPT, 80)
+    while simulation.waiting():
+        for state in (PauseState.UNPAUSED, PauseState.PAUSED_ALL):
+            simulation.engine.pause(state)
+            for _ in range(4):
+                simulation.step()
     simulation.finish()

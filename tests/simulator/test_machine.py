@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -76,7 +77,8 @@ engines = st.builds(
     few_masks=st.booleans(),
     throttled=st.booleans(),
     longest_chunk=st.sampled_from([0, 3]),
-)
+    drafts=st.sampled_from([0, 0, 2]),
+).map(lambda settings: settings if settings.v2 else replace(settings, drafts=0))
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -15,8 +15,15 @@ import numpy as np
 from aici_vllm.engine.masks import StepMasks, request_lane
 from tests.simulator.model import PLAIN_TOKENS, Prefix, allowed_by, next_token
 
+Drafter = Callable[[str, Prefix, list[int]], list[int]]
+"""(request id, the sequence, its tokens sampled last) → what may come next."""
+
 RootOf = Callable[[str], Prefix]
 """Request id → the empty sequence that its tokens follow: other salts and adapters share no KV."""
+
+
+UNKNOWN = -1
+"""A draft that is none."""
 
 
 class WorkerError(AssertionError):
@@ -34,6 +41,7 @@ class Row:
         hidden: positions of sampled tokens that only the device knows (Model Runner V1, async).
         blocks: for each group of layers, the ids of the blocks in order.
         computed: tokens computed before this step.
+        drafts: what the drafter thinks comes next.
     """
 
     root: Prefix
@@ -43,6 +51,7 @@ class Row:
     blocks: list[list[int]]
     computed: int
     lane: int | None
+    drafts: list[int] = field(default_factory=list)
     hidden: set[int] = field(default_factory=set)
     _prefixes: list[Prefix] = field(default_factory=list)
 
@@ -62,10 +71,16 @@ class Row:
 
 @dataclass
 class Step:
-    """A step that has run and may still have to sample: row id → its length, for those that sample."""
+    """A step that has run and may still have to sample.
+
+    Attributes:
+        samples: row id → its length, for those that sample.
+        drafts: row id → the drafts that were computed behind it.
+    """
 
     order: list[str]
     samples: dict[str, int]
+    drafts: dict[str, list[int]]
 
 
 class Worker:
@@ -90,6 +105,7 @@ class Worker:
         self._most = most
         self._root_of = root_of
         self._masks: dict[int, list[int]] = {}
+        self.draft: Drafter | None = None
         self._step: Step | None = None
 
     # The two calls of an executor.
@@ -99,21 +115,25 @@ class Worker:
         if self._step is not None:
             raise WorkerError("a step was dispatched before the last one sampled")
         self._take_changes(output)
+        drafts = {
+            request_id: self._drafts(request_id, self.rows[request_id], len(scheduled))
+            for request_id, scheduled in output.scheduled_spec_decode_tokens.items()
+        }
         for request_id, count in output.num_scheduled_tokens.items():
-            self._write(request_id, self.rows[request_id], count)
+            self._write(request_id, self.rows[request_id], count, drafts.get(request_id, []))
         for request_id, count in output.num_scheduled_tokens.items():
-            self._read(request_id, self.rows[request_id], count)
+            self._read(request_id, self.rows[request_id], count, drafts.get(request_id, []))
         samples = {}
         for request_id, count in output.num_scheduled_tokens.items():
             row = self.rows[request_id]
-            row.computed += count
+            row.computed += count - len(drafts.get(request_id, []))
             self.rows_run[request_id] = self.rows_run.get(request_id, 0) + 1
             if self._samples(row):
                 samples[request_id] = row.computed
             else:
                 self.rows_partial[request_id] = self.rows_partial.get(request_id, 0) + 1
         if output.total_num_scheduled_tokens:
-            self._step = Step(list(output.num_scheduled_tokens), samples)
+            self._step = Step(list(output.num_scheduled_tokens), samples, drafts)
 
     def sample_tokens(self, masks: Any) -> tuple[list[str], list[list[int]]]:
         """Sample the step that ran last; its request ids and what each got."""
@@ -128,9 +148,9 @@ class Worker:
             row = self.rows[request_id]
             if length != len(row.tokens):
                 raise WorkerError(f"{request_id} samples after {length} of {len(row.tokens)} tokens")
-            token = next_token(row.prefixes(length)[-1], allowed.get(row.lane, PLAIN_TOKENS))
-            row.tokens.append(token)
-            sampled.append([token])
+            sampled.append(self._verify(row, step.drafts.get(request_id, []), allowed))
+            if self.draft is not None:
+                row.drafts = self.draft(request_id, row.prefixes(len(row.tokens))[-1], sampled[-1])
         self._sampled(step)
         return step.order, sampled
 
@@ -138,6 +158,10 @@ class Worker:
 
     def _take_changes(self, output: Any) -> None:
         raise NotImplementedError
+
+    def _drafts(self, request_id: str, row: Row, count: int) -> list[int]:
+        """The drafts that are computed behind a row's tokens."""
+        raise WorkerError(f"{request_id} has {count} drafts, and this runner takes none")
 
     def _samples(self, row: Row) -> bool:
         """Whether the row reached the end of what it has to compute."""
@@ -168,13 +192,28 @@ class Worker:
             lane=request_lane(data.sampling_params),
         )
 
-    def _write(self, request_id: str, row: Row, count: int) -> None:
+    def _verify(self, row: Row, drafts: list[int], allowed: dict[tuple[int, int], list[int]]) -> list[int]:
+        """Sample after the row's tokens, and go on behind each draft that is what the model says."""
+        sampled: list[int] = []
+        for place in range(len(drafts) + 1):
+            prefix = row.prefixes(len(row.tokens))[-1]
+            token = next_token(prefix, allowed.get((row.lane or 0, place), PLAIN_TOKENS))
+            if row.lane is None:
+                token = next_token(prefix, PLAIN_TOKENS)
+            row.tokens.append(token)
+            sampled.append(token)
+            if place == len(drafts) or token != drafts[place]:
+                break
+        row.computed += len(sampled) - 1
+        return sampled
+
+    def _write(self, request_id: str, row: Row, count: int, drafts: list[int]) -> None:
         end = row.computed + count
-        if end > len(row.tokens):
+        if end > len(row.tokens) + len(drafts):
             raise WorkerError(
                 f"{request_id}: token {end - 1} is to be computed and there are {len(row.tokens)}"
             )
-        prefixes = row.prefixes(end)
+        prefixes = _with_drafts(row, end, drafts)
         for group, blocks in enumerate(row.blocks):
             for position in range(row.computed, end):
                 if group == 0:
@@ -183,9 +222,9 @@ class Worker:
                 self.owner[block] = group
                 self.slots[block][position % self._block_size] = prefixes[position]
 
-    def _read(self, request_id: str, row: Row, count: int) -> None:
+    def _read(self, request_id: str, row: Row, count: int, drafts: list[int]) -> None:
         end = row.computed + count
-        prefixes = row.prefixes(end)
+        prefixes = _with_drafts(row, end, drafts)
         size = self._block_size
         for group, blocks in enumerate(row.blocks):
             window = self._windows[group]
@@ -206,14 +245,23 @@ class Worker:
             raise WorkerError(f"{request_id} has no block for token {position}")
         return blocks[index]
 
-    def _install(self, masks: Any) -> dict[int | None, list[int]]:
-        """Lane → the tokens allowed in this step, from the rows that were sent by now."""
+    def _install(self, masks: Any) -> dict[tuple[int, int], list[int]]:
+        """Lane and place → the tokens allowed in this step, from the rows that were sent by now."""
         if not isinstance(masks, StepMasks):
             return {}
         if masks.new_rows is not None:
             for slot, row in zip(masks.new_slots, np.asarray(masks.new_rows), strict=True):
                 self._masks[slot] = allowed_by(row)
-        return {lane: self._masks[slot] for lane, slot in enumerate(masks.slots.tolist()) if slot >= 0}
+        slots = masks.slots.reshape(len(masks.slots), -1)
+        return {place: self._masks[slot] for place, slot in np.ndenumerate(slots) if slot >= 0}
+
+
+def _with_drafts(row: Row, end: int, drafts: list[int]) -> list[Prefix]:
+    """What the first `end` slots must hold when `drafts` follow the row's tokens."""
+    prefixes = list(row.prefixes(min(end, len(row.tokens))))
+    for draft in drafts[: end - len(prefixes)]:
+        prefixes.append(prefixes[-1].then(draft))
+    return prefixes
 
 
 class WorkerV1(Worker):
@@ -284,6 +332,12 @@ class WorkerV1(Worker):
 class WorkerV2(Worker):
     """Model Runner V2: requests have slots, as many as may run; a preempted one loses its slot."""
 
+    most_drafts = 0
+
+    def _drafts(self, request_id: str, row: Row, count: int) -> list[int]:
+        # Behind text that came from the scheduler nothing was drafted: the rows are there for their number.
+        return row.drafts[:count] if row.computed >= row.prefill_len else [UNKNOWN] * count
+
     def _take_changes(self, output: Any) -> None:
         for request_id in output.finished_req_ids | (output.preempted_req_ids or set()):
             self.rows.pop(request_id, None)
@@ -297,7 +351,9 @@ class WorkerV2(Worker):
         cached = output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             row = self.rows[request_id]
-            if row.computed != cached.num_computed_tokens[index]:
+            # The scheduler counts drafts of a step whose output it has not seen as computed.
+            ahead = cached.num_computed_tokens[index] - row.computed
+            if ahead not in (range(self.most_drafts + 1) if self.most_drafts else (0,)):
                 raise WorkerError(
                     f"{request_id}: the scheduler counts {cached.num_computed_tokens[index]} computed tokens"
                     f", the device {row.computed}"

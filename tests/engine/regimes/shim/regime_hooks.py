@@ -27,6 +27,14 @@ def accept_triton_on_cpu() -> None:
     _after_import("triton.backends", _add_cpu_backend)
 
 
+def let_interpreter_take_integer_masks() -> None:
+    """Let Triton's interpreter load and store under masks that it made integers of.
+
+    It does so where a kernel joins comparisons of scalars with others, as vLLM's n-gram drafter does.
+    """
+    _after_import("triton.runtime.interpreter", _wrap_masked_access)
+
+
 def let_environment_choose_async_scheduling() -> None:
     """Turn async scheduling back on, where the environment says so, after the CPU platform turned it off."""
     _after_import("vllm.platforms.cpu", _wrap_config_check)
@@ -39,6 +47,21 @@ def _add_cpu_backend(backends: ModuleType) -> None:
             return True
 
     backends.backends["cpu"] = backends.Backend(compiler=backends.BaseBackend, driver=InterpreterDriver)
+
+
+def _wrap_masked_access(interpreter: ModuleType) -> None:
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(self, pointers, mask, *args):  # type: ignore[no-untyped-def]
+        mask.data = mask.data.astype(bool)
+        return load(self, pointers, mask, *args)
+
+    def create_masked_store(self, pointers, value, mask, *args):  # type: ignore[no-untyped-def]
+        mask.data = mask.data.astype(bool)
+        return store(self, pointers, value, mask, *args)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
 
 
 def _wrap_config_check(platform: ModuleType) -> None:

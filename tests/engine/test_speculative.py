@@ -1,0 +1,50 @@
+"""Speculative decoding: scripts get the tokens they get without it, in fewer forward passes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aici_vllm
+from tests.engine.conftest import Engines
+from tests.engine.random_scripts import controller, random_program
+from tests.engine.reference import Reference, compare_with_best
+from tests.engine.regimes import REGIMES
+
+SEEDS = range(300, 318)
+DRAFTERS = {
+    "v2-sync": {"method": "ngram_gpu", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    "v2-async": {"method": "draft_model"},
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_random_scripts_are_greedy_exact_with_drafts(
+    engine: Engines, name: str, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The front-end asks too which model runner it is.
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    (regime,) = [regime for regime in REGIMES if regime.name == name]
+    drafter: dict[str, Any] = {"num_speculative_tokens": 3, **DRAFTERS[name]}
+    if drafter["method"] == "draft_model":
+        drafter["model"] = str(random_folder)
+    llm = engine(regime, "random", speculative_config=drafter, **aici_vllm.engine_args())
+    reference = Reference(random_folder)
+    programs = [random_program(random.Random(seed)) for seed in SEEDS]
+    params = [aici_vllm.request_params(controller, json.dumps(program)) for program in programs]
+    outputs = llm.generate(["Hello there"] * len(params), params, use_tqdm=False)
+    compared = passes = sampled = 0
+    for program, output in zip(programs, outputs, strict=True):
+        result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
+        for branch in result.branches:
+            assert branch.error is None, (program, branch.error, branch.logs)
+            compared += compare_with_best(reference, output.prompt_token_ids, branch)
+        passes += result.usage.forward_passes
+        sampled += result.usage.sampled_tokens
+    assert compared > 100
+    assert passes < sampled, "no draft was accepted"
+    assert llm.reset_prefix_cache(), "blocks are still in use"
