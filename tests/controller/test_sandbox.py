@@ -366,7 +366,7 @@ def test_gathered_awaits_happen_one_after_the_other(pool: SandboxPool) -> None:
             "RuntimeError: GetPrompt() must be the first thing a controller awaits (line 6)",
         ),
         (script("import time\nawait aici.FixedTokens(str(time.time()))"), None),
-        ("x = (\n", "SyntaxError: unexpected EOF while parsing"),
+        ("x = (\n", "SyntaxError: unexpected EOF while parsing (line 2)"),
         ("class A(B): pass\n", None),
     ],
 )

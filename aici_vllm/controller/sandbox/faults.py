@@ -49,6 +49,14 @@ def sandbox_exception(error: Exception) -> ExcType:
     return "RuntimeError"
 
 
+def in_script(error: MontyRuntimeError | MontySyntaxError) -> bool:
+    """Whether the error came from a line of the script, and not from how its main function was called."""
+    # A call that does not fit a function is told with the line of its `def`, which is in no function.
+    return any(
+        frame.filename == SCRIPT_FILE and frame.function_name is not None for frame in error.traceback()
+    )
+
+
 def script_fault(error: MontyRuntimeError | MontySyntaxError, source: str, limits: Limits) -> Raised:
     """The end of a script that raised."""
     lines = source.split("\n")

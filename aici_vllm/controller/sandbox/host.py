@@ -37,6 +37,14 @@ class Pending:
     convert: Callable[[Any], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Main:
+    """What a script gave to `aici.start`: the kind of it, and what the log says when it is over."""
+
+    kind: str
+    ending: str
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -51,6 +59,8 @@ class Host:
         self.constraints: dict[int, Constraint] = {}
         self.lexers: dict[int, constraints.DynamicLexer] = {}
         """Lexers under the number of their only constraint."""
+        self.main: Main | None = None
+        """What the script has given to `aici.start`, if it has."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -59,6 +69,7 @@ class Host:
     def fork(self, branch: Branch) -> "Host":
         """The same for a copy of the script that goes on as `branch`."""
         copy = Host(branch)
+        copy.main = self.main
         copy.constraints = {handle: constraint.fork() for handle, constraint in self.constraints.items()}
         # A copy that adds an identifier adds it for itself alone, as AICI's own processes did.
         copy.lexers = {handle: lexer.fork() for handle, lexer in self.lexers.items()}
@@ -76,15 +87,17 @@ class Host:
         if isinstance(log_level, int):
             self.branch.log_level = log_level
         word = WORDS[name]
-        try:
-            word.signature.bind(self, *given, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{name}(): {error}") from None
         # The lane's own time: on a busy machine, others' is in the wall's.
         started = time.thread_time()
-        answer = word.function(self, *given, **kwargs)
-        if name not in UNTIMED:
-            self.seconds += time.thread_time() - started
+        try:
+            answer = word.function(self, *given, **kwargs)
+        except TypeError:
+            # Perhaps the arguments do not fit; asking before each call would take longer than most answers.
+            _check_arguments(name, word, self, given, kwargs)
+            raise
+        finally:
+            if name not in UNTIMED:
+                self.seconds += time.thread_time() - started
         return answer
 
 
@@ -108,6 +121,13 @@ def _word(function: Function) -> Function:
     signature = inspect.signature(function, eval_str=True)
     WORDS[function.__name__] = Word(function, signature, signature.return_annotation is Pending)
     return function
+
+
+def _check_arguments(name: str, word: Word, host: Host, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    try:
+        word.signature.bind(host, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}(): {error}") from None
 
 
 def _check_size(value: Any) -> None:
@@ -142,6 +162,15 @@ def _ids(tokens: Any) -> list[int]:
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise TypeError("expected a list of token ids")
     return tokens
+
+
+@_word
+def begin_main(host: Host, kind: str, ending: str) -> None:
+    if kind not in ("coroutine", "function"):
+        raise TypeError(f"aici.start() takes an async function or its coroutine, not {kind}")
+    if host.main is not None:
+        raise RuntimeError("aici.start() can be called once only")
+    host.main = Main(kind, str(ending))
 
 
 # Text, tokens and variables.

@@ -1,81 +1,46 @@
-"""The words of a script in the sandbox. The worker runs this text before the script; nothing imports it.
+"""The words of a script in the sandbox. The worker runs what follows the line of dashes; nothing imports it.
 
 `_aici_asked` and `_aici_awaited` map the names of words to functions that ask this process. Arguments
 go to the host as they are, because the sandbox loses the caller's line when it refuses them itself.
-Every line is part of every script's dump, so there are few; `prelude_decisions.py` has the rest.
+
+Every function and every name that is left at the end is part of each dump of every script and costs time in
+most turns; statements outside functions do not. More words are in `prelude_label.py`, `prelude_decisions.py`.
 """
 # ruff: noqa: F821
 # mypy: ignore-errors
+# ---
 
 
-def _aici_make_words(asked, awaited):
-    class module:
-        pass
-
-    aici = module()
-    aici.log_level = 1
-
-    def asks(ask):
-        return lambda *args, **kwargs: ask(aici.log_level, *args, **kwargs)
-
-    def awaits(ask):
-        async def word(*args, **kwargs):
-            return await ask(aici.log_level, *args, **kwargs)
-
-        return word
-
-    words = {name: asks(ask) for name, ask in asked.items()}
-    words.update({name: awaits(ask) for name, ask in awaited.items()})
-    new_label, tokens_after, text_after = words["Label"], words["tokens_since"], words["text_since"]
-
-    class Label:
-        def __init__(self, *args):
-            self.mark, self.ptr = new_label(*args)
-
-        def tokens_since(self):
-            return tokens_after(self.mark)
-
-        def text_since(self):
-            return text_after(self.mark)
-
-    mains = []
-
-    def start(controller, ending=""):
-        kind = type(controller).__name__
-        if kind != "coroutine" and kind != "function":
-            raise TypeError(f"aici.start() takes an async function or its coroutine, not {kind}")
-        if mains:
-            raise RuntimeError("aici.start() can be called once only")
-        mains.append((controller, ending))
-
-    async def run():
-        if not mains:
-            return "not started"
-        main, ending = mains[0]
-        if type(main).__name__ == "function":
-            try:
-                main = main()
-            except TypeError as error:
-                if "missing 1 required positional argument" not in str(error):
-                    raise
-                main = main(aici.controller_arg())
-        if type(main).__name__ != "coroutine":
-            return "not async"
-        await main
-        print(ending, end="")
-
-    for name, word in words.items():
-        setattr(aici, name, word)
-    aici.Label = Label
-    aici.start = start
-    aici.test = lambda controller: start(controller, "TEST OK\n")
-    aici.server_native = aici
-    pyaici = module()
-    pyaici.server = aici
-    aici_vllm = module()
-    aici_vllm.aici = aici
-    return run, {"aici": aici, "pyaici": pyaici, "aici_vllm": aici_vllm}
+class module:
+    pass
 
 
-_aici_run, _aici_modules = _aici_make_words(_aici_asked, _aici_awaited)
-_aici_asked = _aici_awaited = None
+_aici = module()
+_aici.log_level = 1
+for _aici_name, _aici_ask in _aici_asked.items():
+    setattr(
+        _aici,
+        _aici_name,
+        lambda *args, _aici_ask=_aici_ask, **kwargs: _aici_ask(_aici.log_level, *args, **kwargs),
+    )
+for _aici_name, _aici_ask in _aici_awaited.items():
+
+    async def _aici_word(*args, _aici_ask=_aici_ask, **kwargs):
+        return await _aici_ask(_aici.log_level, *args, **kwargs)
+
+    setattr(_aici, _aici_name, _aici_word)
+_aici_begin = _aici.begin_main
+_aici_mains = []
+
+
+def _aici_start(controller, ending=""):
+    _aici_mains.append(_aici_begin(type(controller).__name__, ending) or controller)
+
+
+_aici.start = _aici_start
+_aici.test = lambda controller: _aici_start(controller, "TEST OK\n")
+_aici.server_native = _aici
+_aici_modules = {"aici": _aici, "pyaici": module(), "aici_vllm": module()}
+_aici_modules["pyaici"].server = _aici
+_aici_modules["aici_vllm"].aici = _aici
+_aici_asked = _aici_awaited = _aici_ask = module = None

@@ -1,10 +1,11 @@
-"""Words for scripts that make constraints and token sets or decide by themselves; run after `prelude.py`.
+"""Words for scripts that make constraints and token sets or decide by themselves; run after the others.
 
 Only scripts that name one of these words get them: what a script is given is part of each of its dumps.
 `every_byte` is each byte once, as the sandbox cannot make one of a number.
 """
 # ruff: noqa: F821
 # mypy: ignore-errors
+# ---
 
 
 def _aici_make_decisions(aici, every_byte):

@@ -1,32 +1,41 @@
 """A script as its branch sees it: a dump between turns, a job of the pool during one."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aici_vllm.controller.branch import Branch
-from aici_vllm.controller.program import Turn
+from aici_vllm.controller.program import Raised, Turn
 from aici_vllm.controller.sandbox.host import Host, Pending
 from aici_vllm.controller.sandbox.patience import Patience
+from aici_vllm.controller.sandbox.preludes import Prelude
 
 if TYPE_CHECKING:
     from aici_vllm.controller.sandbox.pool import SandboxPool
 
 
-_DECIDES = re.compile(
-    "Constraint|ConstrainedToken|TokenSet|all_tokens|DynamicLexer|NextToken|mid_process|MidProcessResult|Splice|Branch"
-    "|getattr|eval|exec"
-)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Suspended:
-    """A script stopped at an await: all that it is. Any worker can go on with it, any number of times."""
+    """A script stopped at an await: all that it is. Any worker can go on with it, any number of times.
 
-    dump: bytes
+    The worker in which it stopped fills in `dump` after it has said that the turn is over. Until then
+    nobody can go on. If the worker dies before, the script is `lost`.
+
+    Attributes:
+        call_id: of the await that is answered next.
+        awaited: the awaits that have begun, by the sandbox's number.
+        runs_main: whether the script's own lines are over, and what it gave to `aici.start` runs.
+    """
+
     call_id: int
     awaited: dict[int, Pending]
-    """The awaits that have begun, by the sandbox's number; the one of `call_id` is answered next."""
+    runs_main: bool
+    dump: bytes | None = None
+    lost: Raised | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether it can be gone on with, or never will."""
+        return self.dump is not None or self.lost is not None
 
 
 @dataclass(slots=True)
@@ -42,6 +51,7 @@ class SandboxProgram:
 
     Attributes:
         seconds: CPU time of its turns, that of its questions in this process included.
+        prelude: the words that it has, from its first turn on.
         late: its last turn took longer than a step may.
         patience: how long steps still wait for it.
     """
@@ -49,10 +59,9 @@ class SandboxProgram:
     def __init__(self, pool: "SandboxPool", source: str, branch: Branch):
         self._pool = pool
         self.source = source
-        self.decides = bool(_DECIDES.search(source))
-        """Whether the script may make constraints or decisions of its own."""
         self.host = Host(branch)
         self.suspended: Suspended | None = None
+        self.prelude: Prelude | None = None
         self.result = Result(None, None)
         self.closed = False
         self.awaits = 0
@@ -60,6 +69,11 @@ class SandboxProgram:
         self.late = False
         self.patience = Patience()
         self._turn: Turn | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether its next turn can begin: the last one is kept."""
+        return self.suspended is None or self.suspended.settled
 
     @property
     def started(self) -> bool:
@@ -75,9 +89,10 @@ class SandboxProgram:
         return self._turn
 
     def fork(self, branch: Branch) -> "SandboxProgram":
-        copy = SandboxProgram(self._pool, self.source, branch)
+        copy = self._pool.program(self.source, branch)
         copy.host = self.host.fork(branch)
         copy.suspended = self.suspended
+        copy.prelude = self.prelude
         copy.awaits = self.awaits
         copy.late = self.late
         copy.patience = self.patience.copy()

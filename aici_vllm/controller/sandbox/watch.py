@@ -29,6 +29,7 @@ class Watch:
         self.began = False
         """Whether the script has run: from then on a turn cannot be repeated."""
         self._late_steps = 0
+        self._was_started = program.started
         self._limit = limits.step_seconds * limits.late_steps if program.started else limits.init_seconds
         self._pid = 0
         self._started = self._script_started = self._first = self._last = 0.0
@@ -65,13 +66,13 @@ class Watch:
     def check(self) -> float:
         """Kill the process when the script computed for too long, or hangs. Seconds since the turn began."""
         seconds = time.monotonic() - self._started
-        computed = self.computed()
+        runs, computed = self._script_runs, self.computed()
         if computed != self._last_computed:
             self._last_computed, self._last_moved = computed, seconds
-        if computed > self._limit or seconds > patience(self._limit):
+        if (runs and computed > self._limit) or seconds > patience(self._limit):
             still = seconds - self._last_moved > STILL
-            self.kill(HUNG if still else f"TimeoutError: {time_limit(self._limits, self.program.started)}")
-        elif self.program.started:
+            self.kill(HUNG if still else f"TimeoutError: {time_limit(self._limits, self._was_started)}")
+        elif runs and self._was_started:
             self._note_late(computed)
         return seconds
 
