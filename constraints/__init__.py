@@ -9,7 +9,7 @@ from constraints.guidance import lark
 from constraints.identifiers import DynamicLexer
 from constraints.json_constraint import json_schema
 from constraints.literals import options, substring
-from constraints.regex_constraint import regex
+from constraints.regex_constraint import prepare, regex
 from constraints.token_set import TokenSet
 from constraints.vocabulary import Vocabulary
 from constraints.yacc_constraint import yacc
@@ -24,6 +24,7 @@ __all__ = [
     "json_schema",
     "lark",
     "options",
+    "prepare",
     "regex",
     "substring",
     "yacc",

@@ -126,6 +126,17 @@ class Automaton:
                 return DEAD
         return state
 
+    def terms_of(self, state: int) -> tuple[Term, ...]:
+        """What may still follow `state`: the text matches one of these terms."""
+        return self._states[state]
+
+    def steps_of(self, term: Term) -> tuple[tuple[ByteRange, Term], ...]:
+        """What may follow each first byte of `term`."""
+        if term.steps is None:
+            with self._lock:
+                return self._steps(term)
+        return term.steps
+
     # Construction -----------------------------------------------------------------------------------------
 
     def _intern(self, kind: type[T], nullable: bool, *parts: object) -> T:
@@ -246,6 +257,9 @@ class Automaton:
 
     def _expand(self, state: tuple[Term, ...]) -> list[int]:
         steps = [step for term in state for step in self._steps(term)]
+        if len(steps) == 1:
+            (low, high), after = steps[0]
+            return [DEAD] * low + [self._number([after])] * (high + 1 - low) + [DEAD] * (255 - high)
         edges = sorted({edge for (low, high), _ in steps for edge in (low, high + 1)})
         row = [DEAD] * 256
         for low, end in pairwise(edges):

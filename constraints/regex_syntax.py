@@ -512,3 +512,17 @@ def first_ascii(tree: Tree) -> bytes:
             return b"".join(map(first_ascii, options))
         case Repeat(body, _, high):
             return b"" if high == 0 else first_ascii(body)
+
+
+def begins_with_loop(tree: Tree) -> bool:
+    """Whether a match may begin with a repeat of one class of characters, or have it after one character."""
+    match tree:
+        case Cat(parts):
+            second = len(parts) > 1 and isinstance(parts[0], Chars)
+            return bool(parts) and begins_with_loop(parts[second])
+        case Alt(options):
+            return any(map(begins_with_loop, options))
+        case Repeat(body):
+            return isinstance(body, Chars | Repeat)
+        case Chars():
+            return False

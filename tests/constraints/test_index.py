@@ -38,7 +38,10 @@ def test_the_index_has_the_masks_of_the_walk(pattern: str, tmp_path: Path):
     assert machine.indexed_row(machine.start) is not None
 
 
-def test_it_takes_over_in_mid_sequence_and_no_mask_changes(tmp_path: Path, smol: Vocabulary):
+def test_it_takes_over_in_mid_sequence_and_no_mask_changes(
+    tmp_path: Path, smol: Vocabulary, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("constraints.regex_constraint.WORTH_SECONDS", float("inf"))
     builder = Builder(tmp_path)
     pattern = r'"[a-z]+(, [a-zé]+){0,3}"'
     one, two = (RegexConstraint(RegexMachine(smol, pattern, builder)) for _ in range(2))

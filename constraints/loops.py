@@ -1,0 +1,233 @@
+"""Masks of states that stay on a class of characters, from rows of tokens instead of a walk.
+
+In `[a-z]+@` every token of letters may come, whatever its length. Only the tokens that leave the class have
+to be tried, and they are few.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import numpy as np
+
+from constraints.automaton import DEAD, Alt, Automaton, Bytes, Cat, Repeat, Sequences, Term, utf8
+from constraints.byte_rows import ASCII, ByteRows, Span, byte_rows_of
+from constraints.regex_syntax import SURROGATES, TOP
+from constraints.token_set import Row, unpack
+from constraints.trie import trie_of
+from constraints.vocabulary import Vocabulary
+
+MAX_TRIED = 400
+"""Tokens that are tried one by one for a mask: some 100 µs."""
+
+MAX_SPELLED = 2000
+"""Tokens that begin with the first bytes of what is no loop."""
+MAX_LOOPS = 8
+"""Loops of one state."""
+MAX_TERMS = 1000
+"""Terms that are looked at for the letters of what follows a loop."""
+
+ANY_HIGH = utf8(((ASCII, SURROGATES[0] - 1), (SURROGATES[1] + 1, TOP)))
+"""All characters that are not ASCII."""
+HIGH = 1 << ASCII
+"""In a class as bits, by ASCII character: some character that is not ASCII."""
+ALL_ASCII = HIGH - 1
+
+
+@dataclass
+class Loop:
+    """`first`, then characters of `inside`, then `rest`. Classes of characters are bits."""
+
+    first: list[Span] | None
+    """The bytes that must come first; None for none."""
+    inside: int
+    most: int | None
+    """How many characters may come from `inside`; None for no bound."""
+    rest: Term | None
+    leaving: int
+    """The first character that is not of `inside` is one of these."""
+
+
+def loop_of(automaton: Automaton, term: Term) -> Loop | None:
+    """What `term` begins with, when that is a loop."""
+    first = None
+    head, rest = _split(term)
+    if isinstance(head, Bytes) and rest is not None and all(len(part) == 1 for part in head.sequences):
+        first = [sequence[0] for sequence in head.sequences]
+        head, rest = _split(rest)
+    if not isinstance(head, Repeat):
+        return None
+    body, most = head.body, head.high
+    if isinstance(body, Repeat) and body.high is None:
+        body, most = body.body, None
+    inside = _class(body.sequences) if isinstance(body, Bytes) else None
+    if inside is None:
+        return None
+    leaving = 0 if rest is None else _bits([span for span, _ in automaton.steps_of(rest)])
+    if leaving & inside:
+        # What follows may begin with characters of the loop, and be anywhere when another one comes.
+        leaving = _letters(rest)
+    leaving &= ~inside
+    return None if leaving & HIGH else Loop(first, inside, most, rest, leaving)
+
+
+def _split(term: Term) -> tuple[Term, Term | None]:
+    return (term.head, term.tail) if isinstance(term, Cat) else (term, None)
+
+
+def _class(sequences: Sequences) -> int | None:
+    """A class of characters as bits; None when it has some that are not ASCII and not all of them."""
+    high = tuple(sequence for sequence in sequences if len(sequence) > 1)
+    if high and high != ANY_HIGH:
+        return None
+    spans = [sequence[0] for sequence in sequences if len(sequence) == 1]
+    return _bits(spans) | (HIGH if high else 0)
+
+
+def _bits(spans: list[Span]) -> int:
+    """Bytes as bits: one for each ASCII byte, and HIGH for any other."""
+    bits = 0
+    for low, high in spans:
+        bits |= ((1 << (high + 1)) - (1 << low)) & ALL_ASCII
+        if high >= ASCII:
+            bits |= HIGH
+    return bits
+
+
+def _letters(term: Term | None) -> int:
+    """All bytes that a text of `term` may have, as `_bits`; every byte when `term` is too long to look at."""
+    bits, seen = 0, set[Term]()
+    waiting = [] if term is None else [term]
+    while waiting:
+        part = waiting.pop()
+        if part in seen:
+            continue
+        seen.add(part)
+        if len(seen) > MAX_TERMS:
+            return ALL_ASCII | HIGH
+        if isinstance(part, Bytes):
+            bits |= _bits([span for sequence in part.sequences for span in sequence])
+        elif isinstance(part, Cat):
+            waiting += (part.head, part.tail)
+        elif isinstance(part, Alt):
+            waiting += part.options
+        elif isinstance(part, Repeat):
+            waiting.append(part.body)
+    return bits
+
+
+def _spans(bits: int) -> list[Span]:
+    """The ASCII bytes of `bits`."""
+    spans: list[Span] = []
+    bits &= ALL_ASCII
+    while bits:
+        low = (bits & -bits).bit_length() - 1
+        # The carry runs through the ones from `low` on.
+        length = ((bits >> low) + 1 & ~(bits >> low)).bit_length() - 1
+        spans.append((low, low + length - 1))
+        bits &= ~(((1 << length) - 1) << low)
+    return spans
+
+
+LEADS = (0xC2, 0xF4)
+"""The bytes that begin a character that is not ASCII."""
+
+
+def row_of(vocabulary: Vocabulary, automaton: Automaton, state: int) -> Row | None:
+    """The text tokens that may follow `state`; None where no few operations tell. Writable."""
+    parts = _parts(automaton, state)
+    if parts is None:
+        return None
+    loops, others = parts
+    found: list[int] | None = []
+    if others:
+        found = _spelled(vocabulary, automaton, state, others)
+    sure = np.zeros(vocabulary.num_words, np.int32)
+    tried = np.zeros_like(sure)
+    for loop in loops if found is not None else ():
+        surely, perhaps = _rows_of(byte_rows_of(vocabulary), loop)
+        sure |= surely
+        tried |= perhaps
+    tried &= ~sure
+    if found is None or _count(tried) > MAX_TRIED:
+        return None
+    texts = vocabulary.texts
+    found += [token for token in unpack(tried).tolist() if automaton.step(state, texts[token]) != DEAD]
+    bits = sure.view(np.uint8)
+    for token in found:
+        bits[token >> 3] |= 1 << (token & 7)
+    return sure
+
+
+def _parts(automaton: Automaton, state: int) -> tuple[list[Loop], set[int]] | None:
+    """The loops with which `state` begins, and the bytes with which its other terms do."""
+    loops: list[Loop] = []
+    others = set[int]()
+    waiting = list(automaton.terms_of(state))
+    while waiting:
+        term = waiting.pop()
+        if isinstance(term, Alt):
+            waiting += term.options
+            continue
+        loop = loop_of(automaton, term)
+        if loop is None:
+            others.update(*(range(low, high + 1) for (low, high), _ in automaton.steps_of(term)))
+            continue
+        loops.append(loop)
+        if len(loops) > MAX_LOOPS:
+            return None
+        if loop.first is None and loop.rest is not None and _split(term)[0].nullable:
+            waiting.append(loop.rest)
+    return loops, others
+
+
+def _count(row: Row) -> int:
+    return int(np.bitwise_count(row.view(np.uint32)).sum())
+
+
+def _spelled(vocabulary: Vocabulary, automaton: Automaton, state: int, first: set[int]) -> list[int] | None:
+    """The tokens that may follow `state` and begin with a byte of `first`; None when that takes long."""
+    if trie_of(vocabulary).weight_of(bytes(first)) > MAX_SPELLED:
+        return None
+    spellings, ids_by_bytes = vocabulary.spellings, vocabulary.ids_by_bytes
+    found: list[int] = []
+    count = 0
+    waiting = [(b"", state)]
+    while waiting:
+        text, at = waiting.pop()
+        for byte, after in enumerate(automaton.row(at)):
+            if after == DEAD or not (text or byte in first):
+                continue
+            count += 1
+            if count > MAX_TRIED:
+                return None
+            longer = text + bytes((byte,))
+            place = bisect_left(spellings, longer)
+            if place < len(spellings) and spellings[place].startswith(longer):
+                found += ids_by_bytes.get(longer, ())
+                waiting.append((longer, after))
+    return found
+
+
+def _rows_of(rows: ByteRows, loop: Loop) -> tuple[Row, Row]:
+    """The tokens that stay in `loop`, and those of which the automaton must be asked."""
+    if loop.first is None:
+        begin = rows.first_in(_spans(loop.inside) + [LEADS] * (loop.inside >= HIGH))
+    else:
+        begin = rows.first_in(loop.first)
+    sure = begin & ~rows.later_in(_spans(~loop.inside))
+    if loop.inside < HIGH:
+        sure &= ~rows.later_high
+    else:
+        sure &= rows.utf8 if loop.first is None else rows.utf8_later
+    tried = np.zeros_like(sure)
+    if loop.leaving:
+        tried = begin & rows.later_in(_spans(loop.leaving))
+        if _count(tried) > MAX_TRIED:
+            tried &= ~rows.later_in(_spans(~(loop.inside | _letters(loop.rest))))
+    if loop.most is not None:
+        long = sure & rows.longer_than(loop.most)
+        tried |= long
+        sure ^= long
+    return sure, tried
