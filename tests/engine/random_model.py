@@ -32,6 +32,21 @@ def random_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def random_eagle(folder: Path, seed: int = 1) -> Path:
+    """Write an EAGLE drafter for the random model into `folder`: one layer, fed with hidden states."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    weights = {name.removeprefix("model."): weight for name, weight in _weights(random).items()}
+    weights = {name: weight for name, weight in weights.items() if name.startswith("layers.0.")}
+    del weights["layers.0.input_layernorm.weight"]
+    weights["fc.weight"] = random.standard_normal((HIDDEN, 2 * HIDDEN)).astype(np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**_CONFIG, "num_hidden_layers": 1}), encoding="utf-8")
+    return folder
+
+
 def tokenizer() -> Tokenizer:
     """The random model's tokenizer, trained on the project's license text."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
