@@ -8,6 +8,7 @@ from typing import Any
 
 from constraints.errors import ConstraintError
 from constraints.masks import masks
+from constraints.place import Everywhere, Place
 from constraints.token_set import Row, TokenSet, freeze
 from constraints.vocabulary import Vocabulary
 
@@ -82,6 +83,21 @@ class Constraint:
         """
         return False
 
+    def place(self, variant: Hashable = None) -> Place | None:
+        """Where the constraint stands, if many texts get there and nothing else decides what may follow.
+
+        A variant is a mask that the caller makes of the constraint's own.
+
+        Whoever follows `Place.onward` from there need not tell the constraint of each token, if `move`
+        tells it of all of them before it is asked anything again.
+        """
+        return None
+
+    def move(self, tokens: list[int], state: Any) -> None:
+        """Take `tokens`, which lead to the place of that `state`."""
+        for token in tokens:
+            self.append_token(token)
+
     def state_key(self) -> Hashable | None:
         """Constraints with equal keys have equal masks; `None` says that the mask cannot be shared."""
         return None
@@ -122,6 +138,12 @@ class Constraint:
 
 class AnyText(Constraint):
     """Any text, sharing one mask."""
+
+    def place(self, variant: Hashable = None) -> Place | None:
+        return Everywhere(self.known_vocabulary()) if type(self) is AnyText else None
+
+    def move(self, tokens: list[int], state: Any) -> None:
+        return None
 
     def has_choice(self) -> bool:
         return True

@@ -17,6 +17,7 @@ from constraints.errors import ConstraintError
 from constraints.forced import CONTEXT, canonical_run
 from constraints.machine import MAX_STEPS, compiled
 from constraints.masks import masks, owners
+from constraints.place import Place, Places
 from constraints.token_set import Row, TokenSet, freeze
 from constraints.vocabulary import Vocabulary
 
@@ -153,6 +154,7 @@ class GuidanceGrammar:
         self.forced: dict[Position, bytes] = {}
         self.choices: dict[Position, bool] = {}
         self.runs: dict[tuple[Position, tuple[int, ...]], list[int]] = {}
+        self.places = Places()
 
     @cached_property
     def _names(self) -> Names | None:
@@ -194,6 +196,7 @@ class GuidanceConstraint(Constraint):
         self._consumed = 0
         self._tokens: list[int] = []
         self._position = grammar.start
+        # Before each token, as far as somebody asked: the rest is found again from the tokens.
         self._positions = [grammar.start]
 
     def eos_allowed(self) -> bool:
@@ -218,7 +221,13 @@ class GuidanceConstraint(Constraint):
             after = self._new_step(token)
         self._position = after
         self._tokens.append(token)
-        self._positions.append(after)
+
+    def place(self, variant: Hashable = None) -> Place:
+        return self._grammar.places.at(self._position, variant)
+
+    def move(self, tokens: list[int], state: Position) -> None:
+        self._tokens += tokens
+        self._position = state
 
     def _new_step(self, token: int) -> Position:
         """Where `token` leads, which nobody has asked yet."""
@@ -324,8 +333,19 @@ class GuidanceConstraint(Constraint):
             if taken and not self._matcher.rollback(taken):
                 self._matcher = None
             self._consumed = kept
-        del self._tokens[kept:], self._positions[kept + 1 :]
-        self._position = self._positions[-1]
+        positions = self._positions
+        for token in self._tokens[len(positions) - 1 : kept]:
+            positions.append(self._known_step(positions[-1], token))
+        del self._tokens[kept:], positions[kept + 1 :]
+        self._position = positions[-1]
+
+    def _known_step(self, position: Position, token: int) -> Position:
+        """Where a token that was taken led."""
+        if token in self.vocabulary.eos_token_ids:
+            return position
+        onward = self._grammar.steps.get(position)
+        after = None if onward is None else onward.get(token)
+        return self._grammar.after(position, token) if after is None else after
 
     def fork(self) -> GuidanceConstraint:
         twin = GuidanceConstraint.__new__(GuidanceConstraint)

@@ -40,6 +40,7 @@ class IdentifierMachine(Machine[int]):
 
     def __init__(self, vocabulary: Vocabulary, extra: str):
         super().__init__(vocabulary)
+        self.places = None
         self.letters = frozenset((string.ascii_letters + string.digits + "_" + extra).encode())
         self.first_letters = self.letters - frozenset(string.digits.encode())
         self.version = 0

@@ -12,6 +12,7 @@ from constraints.constraint import Constraint
 from constraints.errors import ConstraintError
 from constraints.forced import CONTEXT, canonical_run, is_left_open
 from constraints.masks import masks, owners
+from constraints.place import Place, Places
 from constraints.token_set import Row, TokenSet, freeze
 from constraints.vocabulary import Vocabulary
 
@@ -46,6 +47,8 @@ class Machine(ABC, Generic[State]):
         """Whether neither the end nor a token is forced in a state, where that was asked."""
         self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}
+        self.places: Places | None = Places(self._onward)
+        """The places of its states; None where what a state means may change while sequences stand there."""
 
     @property
     @abstractmethod
@@ -89,6 +92,16 @@ class Machine(ABC, Generic[State]):
         self._num_steps += 1
         onward[token] = found
         return found
+
+    def _onward(self, state: State, token: int) -> State | None:
+        """The state after `token`, if the token is allowed and leaves a choice."""
+        text = self.vocabulary.texts[token] if token < self.vocabulary.size else b""
+        try:
+            found = self.step(state, text) if text else None
+            return found if found is not None and self.has_choice(found) else None
+        except ConstraintError:
+            # It is raised again where the sequence itself takes the token.
+            return None
 
     def following(self, state: State) -> bytes:
         """As `next_bytes`, remembered."""
@@ -152,7 +165,7 @@ class Machine(ABC, Generic[State]):
 
 
 class MachineConstraint(Constraint, Generic[State]):
-    """A position in a machine. `fork` and `rollback` cost nothing but the list of tokens."""
+    """A position in a machine. `fork` costs nothing but the list of tokens, `rollback` little more."""
 
     vocabulary: Vocabulary
 
@@ -161,6 +174,7 @@ class MachineConstraint(Constraint, Generic[State]):
         self.move_to(machine)
         self._state = machine.start
         self._tokens: list[int] = []
+        # Before each token, as far as somebody asked: the rest is found again from the tokens.
         self._states: list[State] = [machine.start]
 
     def eos_allowed(self) -> bool:
@@ -184,7 +198,14 @@ class MachineConstraint(Constraint, Generic[State]):
             after = self._state if token in self.vocabulary.eos_token_ids else self._advance(token)
         self._state = after
         self._tokens.append(token)
-        self._states.append(after)
+
+    def place(self, variant: Hashable = None) -> Place | None:
+        places = self.machine.places
+        return None if places is None else places.at(self._state, variant)
+
+    def move(self, tokens: list[int], state: State) -> None:
+        self._tokens += tokens
+        self._state = state
 
     def _advance(self, token: int) -> State:
         after = self.machine.advance(self._state, token)
@@ -216,9 +237,14 @@ class MachineConstraint(Constraint, Generic[State]):
     def rollback(self, count: int) -> None:
         if not 0 <= count <= len(self._tokens):
             raise ConstraintError(f"cannot take back {count} of {len(self._tokens)} tokens")
-        if count:
-            del self._tokens[-count:], self._states[-count:]
-            self._state = self._states[-1]
+        if not count:
+            return
+        kept, states = len(self._tokens) - count, self._states
+        for token in self._tokens[len(states) - 1 : kept]:
+            self._state = states[-1]
+            states.append(states[-1] if token in self.vocabulary.eos_token_ids else self._advance(token))
+        del self._tokens[kept:], states[kept + 1 :]
+        self._state = states[-1]
 
     def move_to(self, machine: Machine[State]) -> None:
         """Go on in `machine`, whose states mean what those of the present one do."""

@@ -47,8 +47,31 @@ class Next(enum.Enum):
 class Branch:
     """One of the futures of a request."""
 
+    __slots__ = (
+        "_decided_index",
+        "_longest",
+        "_stops",
+        "awaits",
+        "error",
+        "finish_reason",
+        "forks",
+        "group",
+        "index",
+        "initial_prompt_len",
+        "log",
+        "log_level",
+        "may_take_back",
+        "next",
+        "program",
+        "sampling",
+        "sequence",
+        "stopped_by",
+        "wanted",
+    )
+
     def __init__(self, group: "Group", index: int, sequence: Sequence):
         self.group = group
+        self._stops = group.stops
         self.index = index
         self.sequence = sequence
         self.initial_prompt_len = sequence.prompt_len
@@ -94,10 +117,20 @@ class Branch:
 
     def accept(self, token: int) -> bool:
         """Take a sampled token. True when the branch just samples on and has nothing to splice."""
-        self.sequence.add_sampled(token)
-        sampling = self.sampling
+        sequence, sampling = self.sequence, self.sampling
         assert sampling is not None
-        if self.group.stops is not None:
+        sequence.add_sampled(token)
+        place = sampling.place
+        if place is not None and len(sequence.tokens) < sampling.follow_below:
+            after = place.onward.get(token) or place.find(token)
+            if after is not None:
+                sampling.place = after
+                return True
+        return self._accept(token, sampling)
+
+    def _accept(self, token: int, sampling: Sampling) -> bool:
+        """Take a sampled token that is more than a step to a place that is known."""
+        if self._stops is not None:
             stop = self._find_stop(len(self.sequence) - 1, [token])
             if stop is not None:
                 self._stop(stop)
@@ -203,7 +236,8 @@ class Branch:
         try:
             missing = self.group.min_tokens - (len(self.sequence) - self.sequence.prompt_len)
             awaited.min_tokens = max(awaited.min_tokens, missing)
-            self.sampling = Generation(awaited, self.group.vocabulary, *self._barred())
+            written = self.sequence.tokens
+            self.sampling = Generation(awaited, self.group.vocabulary, *self._barred(), written)
             forced = self.sampling.take_forced()
         except Exception as error:
             return self._raise(error)
@@ -331,7 +365,7 @@ class Branch:
 
     def _find_stop(self, position: int, tokens: list[int]) -> ClientStop | None:
         """The first of the client's stops that `tokens`, put at `position`, complete."""
-        stops, sequence = self.group.stops, self.sequence
+        stops, sequence = self._stops, self.sequence
         if stops is None:
             return None
         start = min(sequence.prompt_len, position)
@@ -339,7 +373,7 @@ class Branch:
 
     def _barred(self) -> tuple[frozenset[int], int]:
         """The client's stop tokens, and how many tokens must come before one of them may."""
-        stops = self.group.stops
+        stops = self._stops
         if stops is None:
             return frozenset(), 0
         used = len(self.sequence) - self.sequence.prompt_len
@@ -362,4 +396,6 @@ class Branch:
         if len(self.sequence.tokens) >= self._longest:
             self.end("length")
             return True
+        if self._stops is None and self.sampling is not None:
+            self.sampling.follow(self._longest)
         return False

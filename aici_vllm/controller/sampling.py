@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from aici_vllm.controller.awaits import Generate
 from aici_vllm.controller.decisions import Splice
 from constraints import TokenSet, Vocabulary
+from constraints.place import Place
 
 Row = NDArray[np.int32]
 """A mask: int32[vocabulary.num_words], bit t set when token t may come next."""
@@ -29,6 +30,14 @@ class Sampling(Protocol):
     @property
     def finished(self) -> bool:
         """No further token is wanted."""
+
+    place: Place | None
+    """Where it stands. A token that leads onward from here, to a text shorter than `follow_below`, is taken
+    by putting the place it leads to here. None where every token must be told to `accept`."""
+    follow_below: int
+
+    def follow(self, longest: int) -> None:
+        """Set `place`, if there is one. A text of `longest` tokens is the end of the branch."""
 
     def mask_key(self) -> Hashable | None:
         """Equal keys mean equal masks; None when the mask has no name and must be sent each time."""
@@ -70,19 +79,33 @@ class Generation:
         "_eos",
         "_error",
         "_goes_on_below",
+        "_longest",
         "_min_tokens",
+        "_start",
         "_tail",
         "_vocabulary",
+        "_written",
         "dead_end",
         "finished",
+        "follow_below",
+        "place",
         "request",
         "tokens",
     )
 
     def __init__(
-        self, request: Generate, vocabulary: Vocabulary, barred: frozenset[int] = frozenset(), until: int = 0
+        self,
+        request: Generate,
+        vocabulary: Vocabulary,
+        barred: frozenset[int] = frozenset(),
+        until: int = 0,
+        written: list[int] | None = None,
     ):
-        """`barred` are tokens that may not come before `until` others have."""
+        """`barred` are tokens that may not come before `until` others have.
+
+        `written` is the text so far, which grows with every token that is taken here; without it there is
+        no place to follow from.
+        """
         self.request = request
         self._barred = barred
         self._barred_until = until if barred else 0
@@ -94,7 +117,13 @@ class Generation:
         # Up to here only the constraint can end it. With a text to stop at, every token may be the last one.
         self._goes_on_below = request.max_tokens if request.stop_at is None else 0
         self._tail = b""
+        self._written = [] if written is None else written
+        self._start = len(self._written)
+        self._longest = 0
+        self.place: Place | None = None
+        self.follow_below = 0
         self.tokens: list[int] = []
+        """Those taken so far, except that the last ones may be missing while there is a place."""
         self.dead_end = False
         """The text had to end where the constraint does not let it."""
         self.finished = request.max_tokens <= 0 or request.constraint.eos_forced()
@@ -110,7 +139,10 @@ class Generation:
     def accept(self, token: int) -> bool:
         if self._error is not None:
             raise self._error
-        tokens, constraint = self.tokens, self._constraint
+        before, tokens, constraint = self.place, self.tokens, self._constraint
+        if before is not None:
+            self._catch_up(len(self._written) - 1)
+            self.place = None
         tokens.append(token)
         if token in self._eos:
             self.finished = True
@@ -118,11 +150,38 @@ class Generation:
             return False
         constraint.append_token(token)
         if len(tokens) < self._goes_on_below and constraint.has_choice():
+            if self._longest:
+                of_one_kind = self._start + len(tokens) < self.follow_below
+                self.place = after = self._place()
+                if before is not None and after is not None and of_one_kind:
+                    before.link(token, after)
             return True
         self.finished = (
             len(tokens) >= self.request.max_tokens or self._reached_stop(token) or constraint.eos_forced()
         )
         return False
+
+    def follow(self, longest: int) -> None:
+        self._longest = longest
+        self.place = self._place()
+
+    def _place(self) -> Place | None:
+        """Where the constraint stands; sets `follow_below`, up to which the mask stays of one kind."""
+        if self._error is not None:
+            return None
+        used = len(self.tokens)
+        changes = [at for at in (self._barred_until, self._min_tokens) if at > used]
+        self.follow_below = min(self._longest, self._start + min([self._goes_on_below, *changes]))
+        barred = self._barred if used < self._barred_until else None
+        variant = barred, used < self._min_tokens
+        return self._constraint.place(None if variant == (None, False) else variant)
+
+    def _catch_up(self, end: int) -> None:
+        """Take the tokens that were followed, up to the first `end` of the text."""
+        assert self.place is not None
+        if missed := self._written[self._start + len(self.tokens) : end]:
+            self.tokens += missed
+            self._constraint.move(missed, self.place.state)
 
     def take_forced(self) -> list[int]:
         run: list[int] = []
@@ -137,6 +196,8 @@ class Generation:
     def ahead(self, drafts: list[int]) -> list[Sampling]:
         reached: list[Sampling] = []
         generation = self
+        if self.place is not None:
+            self._catch_up(len(self._written))
         try:
             for draft in drafts:
                 if draft < 0 or not generation._constraint.token_allowed(draft):
@@ -152,15 +213,19 @@ class Generation:
 
     def _fork(self) -> "Generation":
         twin = copy.copy(self)
+        # It writes nothing, so it must be told of each token.
+        twin.place, twin._longest = None, 0
         twin._constraint = self._constraint.fork()
         twin.tokens = list(self.tokens)
         return twin
 
     def mask_key(self) -> Hashable | None:
+        if self.place is not None:
+            self._catch_up(len(self._written))
         try:
             key = self._constraint.state_key()
         except Exception as error:
-            self._error = error
+            self._fail(error)
             return None
         if key is None:
             return None
@@ -169,12 +234,12 @@ class Generation:
         return (key, "no eos") if len(self.tokens) < self._min_tokens else key
 
     def mask_row(self) -> Row:
+        if self.place is not None:
+            self._catch_up(len(self._written))
         try:
             row = self._constraint.mask_row()
         except Exception as error:
-            # A user's own constraint may raise anything, and here the whole batch waits: the branch
-            # fails when its token arrives.
-            self._error = error
+            self._fail(error)
             return self._vocabulary.eos_row
         if len(self.tokens) < self._barred_until:
             row = _less(row, self._vocabulary.token_set(self._barred).row)
@@ -182,6 +247,14 @@ class Generation:
             row = _less(row, self._vocabulary.eos_row)
         # A dead end must still sample something: the end is the only honest token.
         return row if row.any() else self._vocabulary.eos_row
+
+    def _fail(self, error: Exception) -> None:
+        """Keep an error of the constraint until its next token arrives.
+
+        A user's own constraint may raise anything, and where masks are made the whole batch waits.
+        """
+        self._error = error
+        self.place = None
 
     def _reached_stop(self, token: int) -> bool:
         stop = self.request.stop_at
@@ -201,7 +274,7 @@ def _less(row: Row, tokens: Row) -> Row:
 class MaskedToken:
     """One token under a mask that the script made itself, for a user's `NextToken`."""
 
-    __slots__ = ("_mask", "finished", "splices", "token")
+    __slots__ = ("_mask", "finished", "follow_below", "place", "splices", "token")
 
     temperature = None
     top_p = None
@@ -211,6 +284,11 @@ class MaskedToken:
         self.splices = splices
         self.token = -1
         self.finished = False
+        self.place: Place | None = None
+        self.follow_below = 0
+
+    def follow(self, longest: int) -> None:
+        return None
 
     def mask_key(self) -> Hashable | None:
         return None

@@ -12,7 +12,7 @@ class Origin(enum.IntEnum):
     SPLICED = 2
 
 
-_SAMPLED = int(Origin.SAMPLED)
+_SAMPLED = bytes([Origin.SAMPLED])
 
 
 class Sequence:
@@ -26,22 +26,24 @@ class Sequence:
 
     __slots__ = (
         "_changes",
+        "_cut",
         "_last_mark",
-        "kept",
+        "_origins",
+        "_sampled",
         "marks",
-        "origins",
         "prompt_len",
-        "sampled",
         "spliced",
         "tokens",
     )
 
     def __init__(self, prompt: list[int]):
         self.tokens = list(prompt)
-        self.origins = bytearray(len(prompt))
+        # Of the first tokens only; all beyond were sampled.
+        self._origins = bytearray(len(prompt))
         self.prompt_len = len(prompt)
-        self.kept = len(prompt)
-        self.sampled = 0
+        # None: all tokens are kept.
+        self._cut: int | None = None
+        self._sampled = 0
         self.spliced = 0
         self.marks: dict[int, int] = {}
         self._last_mark = 0
@@ -52,26 +54,47 @@ class Sequence:
 
     def add_sampled(self, token: int) -> None:
         """Append a token that the engine sampled and therefore already holds."""
-        tokens = self.tokens
-        tokens.append(token)
-        self.origins.append(_SAMPLED)
-        self.sampled += 1
-        self.kept = len(tokens)
+        self.tokens.append(token)
+        self._cut = None
         if self._changes is not None:
             self._note("sampled", [token])
 
+    @property
+    def kept(self) -> int:
+        """How many tokens stand as the engine last saw them."""
+        return len(self.tokens) if self._cut is None else self._cut
+
+    @kept.setter
+    def kept(self, kept: int) -> None:
+        self._cut = None if kept == len(self.tokens) else kept
+
+    @property
+    def origins(self) -> bytearray:
+        """Where each token came from."""
+        if missing := len(self.tokens) - len(self._origins):
+            self._origins += _SAMPLED * missing
+            self._sampled += missing
+        return self._origins
+
+    @property
+    def sampled(self) -> int:
+        """How many tokens were sampled."""
+        return self._sampled + len(self.tokens) - len(self._origins)
+
     def splice(self, position: int, tokens: list[int]) -> None:
         """Take back everything from `position` on and append `tokens`."""
+        kept, origins = self.kept, self.origins
         if position < len(self.tokens):
             if self._changes is not None:
                 self._note("taken_back", self.tokens[position:])
             del self.tokens[position:]
-            del self.origins[position:]
-            self.kept = min(self.kept, position)
+            del origins[position:]
+            kept = min(kept, position)
             self.prompt_len = min(self.prompt_len, position)
             self.marks = {mark: at for mark, at in self.marks.items() if at <= position}
         self.tokens += tokens
-        self.origins += bytes([Origin.SPLICED]) * len(tokens)
+        self.kept = kept
+        origins += bytes([Origin.SPLICED]) * len(tokens)
         self.spliced += len(tokens)
         if self._changes is not None:
             self._note("spliced", tokens)
@@ -104,7 +127,7 @@ class Sequence:
     def copy(self) -> "Sequence":
         """The same tokens and marks, on their own from here on; it counts its own tokens only."""
         copy = Sequence(self.tokens)
-        copy.origins = bytearray(self.origins)
+        copy._origins = bytearray(self.origins)
         copy.prompt_len = self.prompt_len
         copy.kept = self.kept
         copy.marks = dict(self.marks)
