@@ -26,6 +26,9 @@ class Checkpoints:
         self._limit = limit
         self._requests: OrderedDict[str, Request] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def take(self, name: str, member: Controlled) -> None:
         """Keep a branch that has ended. Its KV moves here from the branch's request."""
         self._drop(name)

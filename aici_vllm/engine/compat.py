@@ -6,7 +6,8 @@ Everything else uses vLLM's extension points, or calls a function here.
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -231,9 +232,16 @@ def _update_with_stops_at_the_end(detokenizer: Any, params: Any) -> Callable[[li
     return update_at_the_end
 
 
-def wrap_allocation(manager: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+@contextmanager
+def allocation_wrapped(
+    manager: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
     """Put `wrap` around a KV cache manager's `allocate_slots`: the scheduler asks nobody else for blocks."""
     manager.allocate_slots = wrap(manager.allocate_slots)
+    try:
+        yield
+    finally:
+        del manager.allocate_slots
 
 
 def send_output_tokens(scheduler_output: Any, requests: dict[str, Any]) -> None:

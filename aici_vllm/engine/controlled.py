@@ -34,8 +34,9 @@ class Controlled:
         forward_passes: steps in which this branch was computed.
         computed_tokens: tokens computed in them.
         discarded: rows computed in vain because a splice overtook them.
-        times_taken_out: how often a splice, a park or the end took the request out of the queues; a row
-            scheduled before the last time is stale.
+        scheduled: the number of the step that computes it or did last; 0 once a splice, a park or the end
+            took the request out of the queues, which makes its row stale.
+        flows: the client gets each token as it comes, and has all so far.
         sent: tokens after the prompt that the client already has.
         checkpoint: the name under which the ended branch is kept.
         logprobs: of the tokens that the branch sampled, if the client asked for any.
@@ -45,7 +46,7 @@ class Controlled:
     branch: Branch
     group: "ControlledGroup"
     params: SamplingParams
-    lane: int
+    lane: int = -1
     choice: bool = True
     parked: bool = True
     awaited: bool = False
@@ -53,7 +54,8 @@ class Controlled:
     forward_passes: int = 0
     computed_tokens: int = 0
     discarded: int = 0
-    times_taken_out: int = 0
+    scheduled: int = 0
+    flows: bool = False
     sent: int = 0
     checkpoint: str | None = None
     finished: bool = False

@@ -4,12 +4,14 @@ The table lives twice: here its keys, on every worker's device its rows. A step 
 new and one number per sequence.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
+
+from constraints.place import Place
 
 if TYPE_CHECKING:
     from aici_vllm.controller.sampling import Sampling
@@ -19,6 +21,11 @@ LANE = "controller_lane"
 
 NO_MASK = -1
 """The slot of a sequence that may sample any token."""
+
+UNKNOWN = -2
+"""In place of the slot of a lane whose row must be looked for."""
+
+Owner = TypeVar("Owner")
 
 TABLE_BYTES = 64 << 20
 
@@ -33,36 +40,38 @@ def table_rows(max_rows: int, words: int) -> int:
     return max(2 * max_rows, TABLE_BYTES // (4 * words))
 
 
-class Lanes:
+class Lanes(Generic[Owner]):
     """Small numbers for the requests of live branches, so that a step's slots are an array.
 
     A number may be given again once the request that had it will not be sent to the workers any more.
     """
 
     def __init__(self) -> None:
-        self._taken: list[bool] = []
+        self.owners: list[Owner | None] = []
+        """Who has which number."""
         self._free: list[int] = []
 
     def __len__(self) -> int:
         """One more than the highest number in use."""
-        return len(self._taken)
+        return len(self.owners)
 
-    def take(self) -> int:
+    def take(self, owner: Owner) -> int:
         """The lowest number that nobody has."""
+        owners = self.owners
         while self._free:
             lane = heappop(self._free)
-            if lane < len(self._taken) and not self._taken[lane]:
-                self._taken[lane] = True
+            if lane < len(owners) and owners[lane] is None:
+                owners[lane] = owner
                 return lane
-        self._taken.append(True)
-        return len(self._taken) - 1
+        owners.append(owner)
+        return len(owners) - 1
 
     def give_back(self, lane: int) -> None:
         """Its request is over."""
-        self._taken[lane] = False
+        self.owners[lane] = None
         heappush(self._free, lane)
-        while self._taken and not self._taken[-1]:
-            self._taken.pop()
+        while self.owners and self.owners[-1] is None:
+            self.owners.pop()
 
 
 @dataclass(slots=True)
@@ -85,7 +94,10 @@ class StepMasks:
 
 
 class MaskTable:
-    """Keys of the device table. When it is full, the rows that no step has used for longest go.
+    """Keys of the device table, and which of its rows each lane samples under.
+
+    A lane changes rows when its token arrives (`move`), so that a step looks only for the rows of lanes
+    that went where nobody was before. When the table is full, the rows that no step has used for longest go.
 
     Args:
         capacity: rows; at least those of logits that one step masks.
@@ -102,45 +114,98 @@ class MaskTable:
         self._idle: list[tuple[int, int]] = []
         """Slots to give away next, the last one first, unless they were used after the step noted here."""
         self._steps = 0
+        self._lanes: list[int] = []
+        """lane → slot, NO_MASK or UNKNOWN."""
 
-    def step(self, grammar: Any, samplings: "dict[int, Sampling]", lanes: int, width: int = 1) -> StepMasks:
-        """Find or make the row of each sequence.
+    def move(self, lane: int, place: Place | None) -> None:
+        """The sequence of `lane` has gone to `place`; None when only its sampling knows where."""
+        keys = self._keys
+        if place is not None and (slot := place.slot) < len(keys) and keys[slot] is place.key:
+            self._lanes[lane] = slot
+        else:
+            self._lanes[lane] = UNKNOWN
+
+    def clear(self, lane: int) -> None:
+        """Nobody in `lane` wants a mask: somebody takes it, or leaves it."""
+        while len(self._lanes) <= lane:
+            self._lanes.append(NO_MASK)
+        self._lanes[lane] = NO_MASK
+
+    def step(
+        self,
+        grammar: Any,
+        rows: list[int],
+        lanes: int,
+        sampling_of: "Callable[[int], Sampling | None]",
+        ahead: "dict[int, list[Sampling]] | None" = None,
+        width: int = 1,
+    ) -> StepMasks | None:
+        """Masks of a step, for which the table rows of some lanes are found or made; None when it needs none.
 
         Args:
-            samplings: `width` times the lane, and the number of a draft → what comes there is sampled under.
+            rows: the lanes of the sequences in the step.
             lanes: more than the highest lane.
-            width: slots of a lane.
+            sampling_of: what the sequence of a lane samples under; None when no mask is wanted.
+            ahead: lane → what comes behind each of its drafts is sampled under.
+            width: slots of a lane: one for the token that comes next, and one behind each draft.
         """
-        slots = [NO_MASK] * ((lanes + 1) * width)
         self._steps = step = self._steps + 1
-        find, used = self._slots.get, self._used
+        stands, used = self._lanes, self._used
+        slots = [NO_MASK] * ((lanes + 1) * width)
+        unknown: list[int] = []
+        masked = 0
+        for lane in rows:
+            slot = stands[lane]
+            if slot >= 0:
+                used[slot] = step
+                slots[lane * width] = slot
+                masked += 1
+            elif slot == UNKNOWN:
+                unknown.append(lane)
+        # Only now is it known which rows of the table may be given away.
         new_slots: list[int] = []
         new_rows: list[np.ndarray] = []
-        for place, sampling in samplings.items():
-            key = sampling.mask_key()
-            slot = None if key is None else find(key)
-            if slot is None:
-                slot = self._take_slot(key)
-                new_slots.append(slot)
-                new_rows.append(sampling.mask_row())
-            used[slot] = step
-            slots[place] = slot
+        for lane in unknown:
+            if (sampling := sampling_of(lane)) is not None:
+                slots[lane * width] = stands[lane] = self._find(sampling, new_slots, new_rows)
+                masked += 1
+        for lane, samplings in (ahead or {}).items():
+            for place, sampling in enumerate(samplings, lane * width + 1):
+                slots[place] = self._find(sampling, new_slots, new_rows)
+                masked += 1
         self.built += len(new_slots)
-        self.reused += len(samplings) - len(new_slots)
+        self.reused += masked - len(new_slots)
+        if not masked:
+            return None
         stacked = np.stack(new_rows) if new_rows else None
         by_lane = np.array(slots, np.int32)
         return StepMasks(grammar, by_lane if width == 1 else by_lane.reshape(-1, width), new_slots, stacked)
+
+    def _find(self, sampling: "Sampling", new_slots: list[int], new_rows: list[np.ndarray]) -> int:
+        key = sampling.mask_key()
+        slot = None if key is None else self._slots.get(key)
+        if slot is None:
+            slot = self._take_slot(key)
+            new_slots.append(slot)
+            new_rows.append(sampling.mask_row())
+        self._used[slot] = self._steps
+        if (place := sampling.place) is not None and key is not None:
+            # The table's own key, so that `move` need not compare keys but only ask whether it is this one.
+            place.key, place.slot = self._keys[slot], slot
+        return slot
 
     def _take_slot(self, key: Hashable | None) -> int:
         if len(self._keys) < self.capacity:
             slot = len(self._keys)
             self._keys.append(key)
-            self._used.append(self._steps)
+            self._used.append(0)
         else:
             slot = self._idle_slot()
             if self._keys[slot] is not None:
                 del self._slots[self._keys[slot]]
-            self._keys[slot] = key
+            # Lanes of sequences that were in no step of late may still stand there.
+            self._lanes[:] = [UNKNOWN if stood == slot else stood for stood in self._lanes]
+        self._keys[slot] = key
         if key is not None:
             self._slots[key] = slot
         return slot

@@ -38,7 +38,7 @@ from aici_vllm.engine.admission import (
 )
 from aici_vllm.engine.blocks import can_share, drop_copies, forget_uncomputed, keep_prefix, share_prefix
 from aici_vllm.engine.checkpoints import Checkpoints
-from aici_vllm.engine.compat import require_supported, send_output_tokens, wrap_allocation
+from aici_vllm.engine.compat import allocation_wrapped, require_supported, send_output_tokens
 from aici_vllm.engine.controlled import (
     FINISH,
     Controlled,
@@ -84,7 +84,7 @@ class Scheduler(AsyncScheduler):
         self._width = 1 + self.num_spec_tokens
         most = self.max_num_running_reqs * self._width
         self.masks = MaskTable(table_rows(most, self.vocabulary.num_words))
-        self.lanes = Lanes()
+        self.lanes: Lanes[Controlled] = Lanes()
         self.checkpoints = Checkpoints(self.kv_cache_manager, self.limits.checkpoints)
         self.live_views = LiveViews(self.vllm_config.scheduler_config.stream_interval)
         self._groups: dict[str, ControlledGroup] = {}
@@ -92,10 +92,9 @@ class Scheduler(AsyncScheduler):
         self._thinking: set[ControlledGroup] = set()
         self._unsettled: dict[ControlledGroup, None] = {}
         self._outputs: list[tuple[int, EngineCoreOutput]] = []
-        self._step_members: list[tuple[Controlled, int]] = []
+        self._step_lanes: list[int] = []
         self._step_output: ModelRunnerOutput | None = None
         self._prompt_logprobs: dict[str, Any] = {}
-        wrap_allocation(self.kv_cache_manager, self._taking_idle_blocks)
 
     # Requests come and go.
 
@@ -145,7 +144,10 @@ class Scheduler(AsyncScheduler):
         if self._thinking:
             self._hear_from_scripts()
             self._wait_for_scripts()
-        return super().schedule(*args, **kwargs)
+        if not ((self._controlled or self.checkpoints) and self._may_run_out_of_blocks()):
+            return super().schedule(*args, **kwargs)
+        with allocation_wrapped(self.kv_cache_manager, self._taking_idle_blocks):
+            return super().schedule(*args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # vLLM hashes a block when it schedules the tokens that fill it. The priority policy may preempt
@@ -154,20 +156,21 @@ class Scheduler(AsyncScheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        self._step_members = members = []
+        self._step_lanes = lanes = []
         waits_for_token = False
-        if controlled := self._controlled:
+        if self._controlled:
+            find, step = self._controlled.get, self.current_step
             for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-                if request_id in controlled:
-                    member = controlled[request_id]
-                    members.append((member, member.times_taken_out))
+                if (member := find(request_id)) is not None:
+                    lanes.append(member.lane)
+                    member.scheduled = step
                     member.forward_passes += 1
                     member.computed_tokens += num_tokens
                     if member.request.num_output_placeholders:
                         waits_for_token = True
             send_output_tokens(scheduler_output, self.requests)
-        if members:
-            self.telemetry.computed(len(members))
+        if lanes:
+            self.telemetry.computed(len(lanes))
             # vLLM tells the scheduler of drafts only where somebody's masks depend on them.
             scheduler_output.has_structured_output_requests |= self.num_spec_tokens > 0
         super()._update_after_schedule(scheduler_output)
@@ -177,33 +180,36 @@ class Scheduler(AsyncScheduler):
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
         grammar = super().get_grammar_bitmask(scheduler_output)
-        # vLLM asks for the step that it scheduled last. A row overtaken since then is dropped later.
-        samplings = {
-            member.lane: member.branch.sampling
-            for member, times_taken_out in self._step_members
-            if times_taken_out == member.times_taken_out
-            and not member.request.is_prefill_chunk
-            and member.branch.sampling is not None
-        }
-        if not samplings:
+        if not self._step_lanes:
             return grammar
+        ahead = None
         if self.num_spec_tokens:
-            samplings = self._with_drafts(samplings, scheduler_output.scheduled_spec_decode_tokens)
-        return self.masks.step(grammar, samplings, len(self.lanes), self._width)
+            ahead = self._behind_drafts(scheduler_output.scheduled_spec_decode_tokens)
+        rows, lanes = self._step_lanes, len(self.lanes)
+        masks = self.masks.step(grammar, rows, lanes, self._sampling_of, ahead, self._width)
+        return grammar if masks is None else masks
 
-    def _with_drafts(
-        self, samplings: dict[int, Sampling], drafts: dict[str, list[int]]
-    ) -> dict[int, Sampling]:
-        """What each place of each lane is sampled under: the first token, and one behind each draft."""
-        width = self._width
-        places = {lane * width: sampling for lane, sampling in samplings.items()}
-        for member, _ in self._step_members:
-            sampling = samplings.get(member.lane)
-            if sampling is not None and (drafted := drafts.get(member.request.request_id)):
-                ahead = sampling.ahead(drafted)
-                member.reach = 1 + len(ahead)
-                places.update(enumerate(ahead, member.lane * width + 1))
-        return places
+    def _sampling_of(self, lane: int) -> Sampling | None:
+        """What the row of `lane` samples under in the step that vLLM asks for: the one scheduled last.
+
+        None for a row that samples nothing, or was overtaken since then and is dropped later.
+        """
+        member = self.lanes.owners[lane] if lane < len(self.lanes) else None
+        if member is None or member.scheduled != self.current_step or member.request.is_prefill_chunk:
+            return None
+        return member.branch.sampling
+
+    def _behind_drafts(self, drafts: dict[str, list[int]]) -> dict[int, list[Sampling]]:
+        """Lane → what comes behind each of its drafts is sampled under, as far as that can be told."""
+        found: dict[int, list[Sampling]] = {}
+        for lane in self._step_lanes:
+            if (sampling := self._sampling_of(lane)) is None:
+                continue
+            member = self.lanes.owners[lane]
+            if member is not None and (drafted := drafts.get(member.request.request_id)):
+                found[lane] = sampling.ahead(drafted)
+                member.reach = 1 + len(found[lane])
+        return found
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -248,26 +254,37 @@ class Scheduler(AsyncScheduler):
             self._take_prompt_logprobs(member.group)
             return [], False
         settled: list[int] = []
-        request.append_output_token_ids(new_token_ids)
-        if len(new_token_ids) > member.reach:
+        branch, tokens, count = member.branch, request._all_token_ids, len(new_token_ids)
+        tokens += new_token_ids
+        request._output_token_ids += new_token_ids
+        if len(tokens) % self.hash_block_size < count:
+            request.update_block_hashes()
+        if count > member.reach:
             # What follows was sampled under no mask: a splice takes it back.
             new_token_ids = new_token_ids[: member.reach]
             self._unsettled[member.group] = None
         for index, token in enumerate(new_token_ids):
             if member.logprobs is not None:
                 self._note_logprobs(member, member.logprobs, index)
-            if not member.branch.accept(token):
+            if not branch.accept(token):
                 self._unsettled[member.group] = None
                 break
         else:
-            if member.logprobs is not None or request.request_id in self._prompt_logprobs:
+            assert branch.sampling is not None
+            self.masks.move(member.lane, branch.sampling.place)
+            if member.flows:
+                settled = new_token_ids
+                member.sent += len(settled)
+            elif member.logprobs is not None or request.request_id in self._prompt_logprobs:
                 self._send_settled(member)
             elif member.choice and not self.live_views.withholds_tokens(member.group):
                 settled = member.take_settled()
+                member.flows = branch.settled == len(branch.sequence)
         if member.awaited:
             self._unsettled[member.group] = None
-        if request.status == RequestStatus.RUNNING:
-            computed = request.num_computed_tokens - request.num_output_placeholders
+        computed = request.num_computed_tokens - request.num_output_placeholders
+        # Only a full block is given its name, and all before these tokens were looked at already.
+        if computed % self.hash_block_size < count and request.status is RequestStatus.RUNNING:
             self.kv_cache_manager.cache_blocks(request, computed)
         # What vLLM gets here it sends; whether a branch stops is decided when its group is settled.
         return settled, False
@@ -345,12 +362,14 @@ class Scheduler(AsyncScheduler):
     def _carry_out(self, member: Controlled) -> None:
         if member.finished:
             return
+        member.flows = False
         self._send_settled(member)
         if member.branch.next is Next.END:
             self._finish(member)
         elif member.branch.sampling is None or member.branch.next is not Next.SAMPLE:
             self._park(member)
         else:
+            self.masks.move(member.lane, member.branch.sampling.place)
             changed = member.set_sampling(member.branch.sampling)
             if changed or member.parked or member.must_splice():
                 self._resubmit(member)
@@ -392,9 +411,10 @@ class Scheduler(AsyncScheduler):
         assert request.sampling_params is not None
         # vLLM's priority policy preempts the first of equals: branches must not take turns at that for ever.
         request.arrival_time += branch.index * 1e-6
-        lane = self.lanes.take()
-        request.sampling_params = worker_params(request.sampling_params, lane, branch.index)
-        member = Controlled(request, branch, group, request.sampling_params, lane)
+        member = Controlled(request, branch, group, request.sampling_params)
+        member.lane = lane = self.lanes.take(member)
+        self.masks.clear(lane)
+        request.sampling_params = member.params = worker_params(member.params, lane, branch.index)
         group.members[branch.index] = member
         self._controlled[request.request_id] = member
         self.requests[request.request_id] = request
@@ -460,7 +480,7 @@ class Scheduler(AsyncScheduler):
         # Model Runner V2 has as many slots as requests may run: one that does not run gives its slot back.
         self.reset_preempted_req_ids.add(request.request_id)
         member.parked = True
-        member.times_taken_out += 1
+        member.scheduled = 0
 
     def _remove_from_queues(self, request: Request) -> None:
         if request.status == RequestStatus.RUNNING:
@@ -475,7 +495,7 @@ class Scheduler(AsyncScheduler):
     def _finish(self, member: Controlled, status: RequestStatus = RequestStatus.FINISHED_STOPPED) -> None:
         """Free a branch that has ended. Its choice closes, except the first, which brings the results."""
         member.finished = True
-        member.times_taken_out += 1
+        member.scheduled = 0
         request = member.request
         member.discard_row()
         self._remove_from_queues(request)
@@ -484,6 +504,7 @@ class Scheduler(AsyncScheduler):
             self.checkpoints.take(member.checkpoint, member)
         request.status = status
         self._free_request(request)
+        self.masks.clear(member.lane)
         self.lanes.give_back(member.lane)
         self.telemetry.branch_ended(member)
         del self._controlled[request.request_id]
@@ -636,6 +657,18 @@ class Scheduler(AsyncScheduler):
             output.prefill_stats = request.take_prefill_stats()
         output.new_prompt_logprobs_tensors = self._prompt_logprobs.pop(request.request_id, None)
         self._outputs.append((request.client_index, output))
+
+    def _may_run_out_of_blocks(self) -> bool:
+        """Whether the step about to be scheduled might want more blocks than are free."""
+        if self.waiting or self.kv_holding_waiting or self.deferred_waiting:
+            return True
+        size = self.hash_block_size
+        most = (
+            len(self.running) * (self.num_lookahead_tokens // size + 2)
+            + self.max_num_scheduled_tokens // size
+        )
+        groups = len(self.kv_cache_config.kv_cache_groups)
+        return self.kv_cache_manager.block_pool.get_num_free_blocks() < most * groups
 
     def _taking_idle_blocks(self, allocate_slots: Callable[..., Any]) -> Callable[..., Any]:
         """`allocate_slots` that takes the blocks of idle branches before it gives up."""

@@ -13,6 +13,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from aici_vllm.engine.logits import AiciLogitsProcessor
 from aici_vllm.engine.masks import LANE, NO_MASK, Lanes, MaskTable, StepMasks, table_rows
+from constraints.place import Place, Places
 
 
 class State:
@@ -20,9 +21,10 @@ class State:
 
     temperature = top_p = None
     finished = False
+    follow_below = 0
 
-    def __init__(self, key: Hashable | None, row: np.ndarray):
-        self._key, self._row = key, row
+    def __init__(self, key: Hashable | None, row: np.ndarray, place: Place | None = None):
+        self._key, self._row, self.place = key, row, place
 
     def mask_key(self) -> Hashable | None:
         return self._key
@@ -31,33 +33,89 @@ class State:
         return self._row
 
 
+def masks_of(table: MaskTable, states: dict[int, Any], lanes: int, grammar: Any = None) -> StepMasks:
+    """A step of sequences that have all gone on since the step before."""
+    for lane, state in states.items():
+        table.clear(lane)
+        table.move(lane, state.place)
+    found = table.step(grammar, list(states), lanes, states.__getitem__)
+    assert found is not None
+    return found
+
+
 def test_a_known_state_costs_one_number() -> None:
     table = MaskTable(capacity=8)
     row = np.array([5, 6], np.int32)
-    first = table.step(None, {0: State("s", row), 2: State("s", row)}, lanes=3)
+    first = masks_of(table, {0: State("s", row), 2: State("s", row)}, lanes=3)
     slot = first.slots[0]
     assert first.slots.dtype == np.int32 and first.slots.tolist() == [slot, NO_MASK, slot, NO_MASK]
     assert first.new_slots == [slot]
     assert first.new_rows is not None and first.new_rows.tolist() == [[5, 6]]
-    second = table.step("grammar", {0: State("s", row)}, lanes=1)
+    second = masks_of(table, {0: State("s", row)}, 1, "grammar")
     assert second.slots.tolist() == [slot, NO_MASK]
     assert second.new_slots == [] and second.new_rows is None and second.grammar == "grammar"
     assert (table.built, table.reused) == (1, 2)
 
 
+def test_who_goes_to_a_place_that_is_known_is_not_asked() -> None:
+    table, places = MaskTable(capacity=8), Places()
+    row = np.array([5, 6], np.int32)
+    slot = masks_of(table, {0: State("s", row, places.at(1))}, 1).slots[0]
+    table.clear(1)
+    table.move(1, places.at(1))
+    table.move(0, places.at(2))
+    asked: list[int] = []
+
+    def sampling_of(lane: int) -> Any:
+        asked.append(lane)
+        return State("t", row, places.at(2))
+
+    found = table.step(None, [0, 1], 2, sampling_of)
+    assert found is not None
+    assert asked == [0] and found.new_slots == [found.slots[0]] and found.slots[1] == slot != found.slots[0]
+
+
+def test_two_tables_do_not_take_each_others_slots_for_theirs() -> None:
+    place, row = Places().at(1), np.array([5, 6], np.int32)
+    one, two = MaskTable(capacity=8), MaskTable(capacity=8)
+    masks_of(one, {0: State("other", row)}, 1)
+    masks_of(one, {0: State("s", row, place)}, 1)
+    assert masks_of(two, {0: State("s", row, place)}, 1).new_slots == [0]
+    assert masks_of(one, {0: State("s", row, place)}, 1).slots[0] == 1
+
+
+def test_a_row_given_away_is_not_used_by_who_stood_there() -> None:
+    table, places = MaskTable(capacity=2), Places()
+    states = {name: State(name, np.array([ord(name)], np.int32), places.at(name)) for name in "abc"}
+    masks_of(table, {0: states["a"]}, 1)
+    for name in "bc":
+        masks_of(table, {1: states[name]}, 2)
+    again = table.step(None, [0], 2, lambda lane: states["a"])  # type: ignore[return-value]
+    assert again is not None
+    assert again.new_rows is not None and again.new_rows.tolist() == [[ord("a")]]
+
+
+def test_a_step_of_rows_that_sample_nothing_needs_no_masks() -> None:
+    table = MaskTable(capacity=2)
+    table.clear(0)
+    assert table.step(None, [0], 1, lambda lane: None) is None
+    table.move(0, None)
+    assert table.step(None, [0], 1, lambda lane: None) is None
+
+
 def test_the_oldest_row_makes_room_and_comes_back_when_asked() -> None:
     table = MaskTable(capacity=2)
     rows = {name: np.array([i], np.int32) for i, name in enumerate("abc")}
-    slots = {name: table.step(None, {0: State(name, rows[name])}, 1).slots[0] for name in "abc"}
+    slots = {name: masks_of(table, {0: State(name, rows[name])}, 1).slots[0] for name in "abc"}
     assert slots["c"] == slots["a"] != slots["b"]
-    again = table.step(None, {0: State("a", rows["a"])}, 1)
+    again = masks_of(table, {0: State("a", rows["a"])}, 1)
     assert again.new_rows is not None and again.slots[0] == slots["b"]
 
 
 def test_a_state_without_a_name_is_sent_every_time() -> None:
     table = MaskTable(capacity=4)
     state = State(None, np.array([1], np.int32))
-    assert all(table.step(None, {0: state}, 1).new_slots for _ in range(10))
+    assert all(masks_of(table, {0: state}, 1).new_slots for _ in range(10))
 
 
 def test_the_table_holds_a_step_of_any_vocabulary() -> None:
@@ -66,16 +124,16 @@ def test_the_table_holds_a_step_of_any_vocabulary() -> None:
 
 
 def test_lanes_are_the_lowest_free_numbers_and_their_array_shrinks() -> None:
-    lanes = Lanes()
-    assert [lanes.take() for _ in range(4)] == [0, 1, 2, 3]
+    lanes: Lanes[str] = Lanes()
+    assert [lanes.take(name) for name in "abcd"] == [0, 1, 2, 3]
     lanes.give_back(1)
     lanes.give_back(3)
-    assert len(lanes) == 3
-    assert [lanes.take() for _ in range(3)] == [1, 3, 4]
+    assert len(lanes) == 3 and lanes.owners == ["a", None, "c"]
+    assert [lanes.take(name) for name in "efg"] == [1, 3, 4]
     for lane in (0, 4, 3, 2, 1):
         lanes.give_back(lane)
     assert len(lanes) == 0
-    assert [lanes.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert [lanes.take(name) for name in "hijkl"] == [0, 1, 2, 3, 4]
 
 
 def processor(worker_cls: str = "aici_vllm.Worker", drafts: int = 0) -> Any:
