@@ -10,9 +10,11 @@ import pytest
 
 import constraints
 from aici_vllm import aici
+from aici_vllm.controller.awaits import Generate
 from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.group import Group
 from aici_vllm.controller.program import Controller, NativeProgram
+from aici_vllm.controller.sampling import Generation
 from aici_vllm.controller.stops import Stops
 from constraints import AnyText, Constraint
 from constraints.guidance import GuidanceConstraint
@@ -197,3 +199,21 @@ def test_places_are_bounded_and_found_again() -> None:
         assert after is not None and after is places.at((int(here.state) + token) % 7)  # type: ignore[call-overload]
         here = after
     assert sum(len(places.at(state).onward) for state in range(7)) <= MAX_LINKS
+
+
+def test_drafts_are_looked_at_from_where_the_followed_tokens_led() -> None:
+    written = list(b"p")
+    request = Generate(constraints.regex(VOCABULARY, WORDS), max_tokens=50)
+    following = Generation(request, VOCABULARY, written=written)
+    told = Generation(Generate(constraints.regex(VOCABULARY, WORDS), max_tokens=50), VOCABULARY)
+    following.follow(100)
+    for token in b"Ab cd":
+        assert following.place is not None
+        following.place = following.place.find(token)
+        written.append(token)
+        told.accept(token)
+    for drafts in (list(b"e, F"), list(b"e,,"), [-1]):
+        found, expected = following.ahead(drafts), told.ahead(drafts)
+        assert [one.mask_key() for one in found] == [one.mask_key() for one in expected]
+        assert all(np.array_equal(a.mask_row(), b.mask_row()) for a, b in zip(found, expected, strict=True))
+    assert following.tokens == told.tokens and following.place is not None
