@@ -219,14 +219,14 @@ def checkpoint_gone_on_from_under_any_adapter(patch: Patch) -> None:
 
 
 def tokens_behind_drafts_sampled_under_no_mask(patch: Patch) -> None:
-    def make(with_drafts: Any) -> Any:
-        def with_first_places(self: Scheduler, samplings: Any, drafts: Any) -> Any:
-            places = with_drafts(self, samplings, drafts)
-            return {place: places[place] for place in places if place % self._width == 0}
+    def make(behind_drafts: Any) -> Any:
+        def forgotten(self: Scheduler, drafts: Any) -> Any:
+            behind_drafts(self, drafts)
+            return {}
 
-        return with_first_places
+        return forgotten
 
-    wrapped(patch, Scheduler, "_with_drafts", make)
+    wrapped(patch, Scheduler, "_behind_drafts", make)
 
 
 def hashes_of_preempted_tokens_kept(patch: Patch) -> None:
