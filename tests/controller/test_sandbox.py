@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -489,6 +490,26 @@ def test_a_large_script_is_not_late_because_it_is_large() -> None:
     await aici.FixedTokens(str(len(big)))
     """
     assert texts(run_script(pool, script(body))) == ["ab300000"]
+    pool.close()
+
+
+def priorities(pid: int) -> set[tuple[int, int]]:
+    """Niceness and scheduling policy of each thread."""
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    return {(os.getpriority(os.PRIO_PROCESS, each), os.sched_getscheduler(each)) for each in threads}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of threads")
+def test_every_thread_of_a_process_lets_the_engine_go_first() -> None:
+    known = set(processes())
+    pool = SandboxPool(LONG, workers=1, late_workers=1)
+    run_script(pool, script("await aici.FixedTokens('a')"))
+    (pid,) = set(processes()) - known
+    assert priorities(pid) == {(10, os.SCHED_OTHER)}
+    group = new_group(LONG)
+    group.start(lambda branch: pool.program(SPINS, branch))
+    until(lambda: priorities(pid) == {(19, os.SCHED_IDLE)}, pool)
+    group.abort()
     pool.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,9 +15,7 @@ from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Raised, Returned, Turn
 from aici_vllm.controller.sandbox import SandboxPool
 from aici_vllm.controller.sandbox import worker as worker_module
-from aici_vllm.controller.sandbox.pool import _first_ready
 from aici_vllm.controller.sandbox.preludes import Preludes
-from aici_vllm.controller.sandbox.program import Suspended
 from aici_vllm.controller.sandbox.worker import WORKER_DIED, Worker
 from tests.controller.scripts import VOCABULARY, new_group, run_script, script
 from tests.controller.test_sandbox import until
@@ -154,19 +151,3 @@ def test_process_lost_before_the_dump_costs_that_script_only(pool: SandboxPool) 
     assert not isinstance(ends[2], Raised) and isinstance(ends[3], Returned)
     assert worker.restarts == 1
     worker.close()
-
-
-def test_turns_wait_for_their_dump_and_no_other_does() -> None:
-    pool = SandboxPool(LIMITS)
-    programs = [pool.program("", new_group().root) for _ in range(4)]
-    programs[0].suspended = Suspended(1, {}, runs_main=True)
-    programs[1].closed = True
-    queue = deque(programs)
-    assert _first_ready(queue) is programs[2]
-    assert list(queue) == [programs[0], programs[3]]
-    programs[0].suspended.dump = b"all of it"
-    assert _first_ready(queue) is programs[0]
-    programs[3].suspended = Suspended(1, {}, runs_main=True)
-    assert _first_ready(queue) is None
-    assert list(queue) == [programs[3]]
-    pool.close()

@@ -10,13 +10,13 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
 
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Raised, Turn
 from aici_vllm.controller.sandbox.preludes import Preludes
 from aici_vllm.controller.sandbox.program import SandboxProgram
+from aici_vllm.controller.sandbox.waiting import WaitingTurns
 from aici_vllm.controller.sandbox.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ class SandboxPool:
         lock = threading.RLock()
         self._lock = lock
         self._preludes = Preludes()
-        self._steps: deque[SandboxProgram] = deque()
-        self._starts: deque[SandboxProgram] = deque()
-        self._slow: deque[SandboxProgram] = deque()
+        self._steps = WaitingTurns()
+        self._starts = WaitingTurns()
+        self._slow = WaitingTurns()
         self._awaited: set[SandboxProgram] = set()
         self._none_awaited = threading.Condition(lock)
         self._held_up_since: float | None = None
@@ -215,7 +215,7 @@ class SandboxPool:
         if sum(lane.slow for lane in self._lanes) < most:
             queues.append(self._slow)
         for queue in queues:
-            if (program := _first_ready(queue)) is not None:
+            if (program := queue.take()) is not None:
                 return program
         return None
 
@@ -259,22 +259,6 @@ class SandboxPool:
             self._prompt -= 1
             self._share_out()
         lane.worker.slow_down()
-
-
-def _first_ready(queue: deque[SandboxProgram]) -> SandboxProgram | None:
-    """Take out the first program whose turn can begin, and whoever was closed before it."""
-    unready: list[SandboxProgram] = []
-    found = None
-    while queue and found is None:
-        program = queue.popleft()
-        if program.closed:
-            continue
-        if program.ready:
-            found = program
-        else:
-            unready.append(program)
-    queue.extendleft(reversed(unready))
-    return found
 
 
 class Lane(threading.Thread):

@@ -10,7 +10,8 @@ from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.sandbox.faults import time_limit
 from aici_vllm.controller.sandbox.program import SandboxProgram
 
-LOWEST_PRIORITY = 19
+LOW_PRIORITY, LOWEST_PRIORITY = 10, 19
+"""Niceness of sandbox processes: where the engine wants a processor, a script has a tenth of it, or less."""
 
 STILL = 1.0
 """Seconds without any progress, after which a process is called hung: others leave every process some."""
@@ -95,8 +96,12 @@ class Watch:
 
     def slow_down(self) -> None:
         """Let everybody else compute first."""
-        with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, self._pid, LOWEST_PRIORITY)
+        for thread in _threads(self._pid):
+            with contextlib.suppress(ProcessLookupError):
+                if sys.platform == "linux":
+                    # Whoever wakes up takes its processor at once, which niceness alone does not give.
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
 
     def _seconds(self) -> float:
         """CPU time of the process, or its last known one."""
@@ -108,6 +113,23 @@ class Watch:
             if sys.platform != "linux":
                 self._last = time.monotonic()
         return self._last
+
+
+def make_modest(pid: int) -> None:
+    """Let the engine's processes compute before this new one."""
+    for thread in _threads(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, thread, LOW_PRIORITY)
+
+
+def _threads(pid: int) -> list[int]:
+    """On Linux each thread has a priority of its own, and scripts do not run in the first."""
+    if sys.platform != "linux":
+        return [pid]
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def patience(limit: float) -> float:

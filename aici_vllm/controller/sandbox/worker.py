@@ -11,7 +11,7 @@ from aici_vllm.controller.program import Raised, Turn
 from aici_vllm.controller.sandbox.preludes import Needs, Prelude, Preludes, needs
 from aici_vllm.controller.sandbox.program import SandboxProgram
 from aici_vllm.controller.sandbox.turn import Abandoned, LiveScript
-from aici_vllm.controller.sandbox.watch import HUNG, Watch, patience
+from aici_vllm.controller.sandbox.watch import HUNG, Watch, make_modest, patience
 
 WORKER_DIED = (
     "the sandbox process died while it ran this script; nothing else was lost: send the request again"
@@ -247,6 +247,8 @@ class Worker:
             raise AssertionError("a session that runs nothing has a process")
         # A process that died while idle was replaced without a word.
         self.restarts += self._pid not in (None, pid)
+        if pid != self._pid:
+            make_modest(pid)
         self._pid = pid
         watch.begin(pid)
         with self._lock:
