@@ -1,7 +1,8 @@
 """Ten thousand controlled requests on one engine, a thousand at a time: what it holds before and after.
 
-Prints, after every tenth of them, the requests a second, the memory and open files of the engine's processes,
-and their number. At the end every KV block must be free and every script must have ended as it should.
+Prints, after every tenth of them, the requests a second, the memory of the engine's core and of its other
+processes, their open files, and their number. At the end every KV block must be free and every script must
+have ended as it should.
 
     python benchmarks/endurance.py [--model FOLDER] [--requests 10000] [--at-once 1000] [--json FILE]
 """
@@ -42,6 +43,8 @@ async def main():
 aici.start(main)
 """
 SANDBOX = "monty"
+CORE = "VLLM::EngineCor"
+"""How the system names the core's process: 15 characters at most."""
 
 
 @dataclass
@@ -49,13 +52,15 @@ class State:
     """What the engine holds after so many requests.
 
     Attributes:
-        memory: resident bytes of the engine's processes, those of the sandbox aside.
+        core: resident bytes of the engine's core, where scripts, branches and masks are.
+        memory: those of its other processes, those of the sandbox aside.
         files: their open files, less those that lead to the sandbox's.
         processes, sandboxes: how many there are.
     """
 
     requests: int
     seconds: float
+    core: int
     memory: int
     files: int
     processes: int
@@ -64,18 +69,22 @@ class State:
 
 def state(requests: int, seconds: float) -> State:
     """Of this process's descendants now."""
-    engine, sandboxes, memory, files = 0, 0, 0, 0
+    engine, sandboxes, core, memory, files = 0, 0, 0, 0, 0
     for process in psutil.Process().children(recursive=True):
         try:
             if process.name() == SANDBOX:
                 sandboxes += 1
                 continue
-            memory += process.memory_info().rss
+            resident = process.memory_info().rss
+            if CORE in process.name():
+                core += resident
+            else:
+                memory += resident
             files += process.num_fds()
             engine += 1
         except psutil.NoSuchProcess:
             continue
-    return State(requests, seconds, memory, files, engine, sandboxes)
+    return State(requests, seconds, core, memory, files, engine, sandboxes)
 
 
 async def measure(arguments: argparse.Namespace, console: Console) -> tuple[list[State], int, bool]:
@@ -155,12 +164,14 @@ def main() -> int:
             arguments.model = random_model(Path(folder))
         states, wrong, free = asyncio.run(measure(arguments, console))
     table = Table(title=f"{arguments.requests} controlled requests, {arguments.at_once} at a time")
-    for column in ("requests", "requests/s", "MiB", "open files", "processes", "sandbox processes"):
+    held = ("core MiB", "others MiB", "open files", "processes", "sandbox processes")
+    for column in ("requests", "requests/s", *held):
         table.add_column(column, justify="right")
-    before = State(0, 0.0, 0, 0, 0, 0)
+    before = State(0, 0.0, 0, 0, 0, 0, 0)
     for now in states:
         rate = (now.requests - before.requests) / (now.seconds - before.seconds)
-        cells = (now.requests, f"{rate:.0f}", f"{now.memory / 2**20:.0f}", now.files)
+        memory = (f"{now.core / 2**20:.0f}", f"{now.memory / 2**20:.0f}")
+        cells = (now.requests, f"{rate:.0f}", *memory, now.files)
         table.add_row(*map(str, (*cells, now.processes, now.sandboxes)))
         before = now
     console.print(table)

@@ -1,10 +1,17 @@
 """Token times of two well-behaved requests, with and without hostile scripts beside them on one engine.
 
-For each hostile script, a window without it and a window with it alternate: `--attackers` requests run it
-again and again, while a plain request and a controlled one go on generating. Prints the time between two of
-their tokens, p50 and p99 of both windows, and the ratio of all windows together.
+For each hostile script, windows without it and windows with it alternate: `--attackers` clients run it again
+and again, while a plain request and a controlled one go on generating. Prints the time between two of their
+tokens, p50 and p99 over all windows of a kind, and the ratio of the two p99. Three rows say how to read it:
+`(nobody)` compares quiet windows with quiet ones, so it shows what chance does to the ratio; `(harmless)` and
+`(harmless and brief)` run good scripts in their place, so they show what so many clients cost anyway.
 
-    python benchmarks/neighbours.py [--model FOLDER] [--seconds 2] [--rounds 1] [--attackers 4] [--json FILE]
+The model is the embedded one with its first `--layers` layers: on two cores a step then takes about as long
+as one of a larger model on a GPU.
+
+    python benchmarks/neighbours.py [--layers 8] [--seconds 1.2] [--rounds 3] [--attackers 4] [--json FILE]
+
+On a machine lent in pieces: `--part 1/3 --json a.json` and so on, then `--merge a.json b.json c.json`.
 """
 
 from __future__ import annotations
@@ -13,13 +20,15 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import os
 import platform
-import statistics
+import re
+import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +48,30 @@ async def main():
 
 aici.start(main)
 """
+
+CONTROLS = {
+    "(nobody)": None,
+    "(harmless)": """
+import aici
+
+async def main():
+    await aici.FixedTokens("Once")
+    await aici.gen_tokens(max_tokens=20)
+
+aici.start(main)
+""",
+    "(harmless and brief)": """
+import aici
+
+async def main():
+    await aici.FixedTokens("Once")
+
+aici.start(main)
+""",
+}
+"""What stands in the place of an attacker, to compare with."""
+LEAD = 0.2
+"""Seconds between the first request of the attackers and the window."""
 
 
 @dataclass
@@ -104,13 +137,24 @@ async def attack(engine: Any, source: str, name: str, attacks: Attacks) -> None:
 
 @dataclass
 class Windows:
-    """The gaps between tokens of a neighbour, without and with attackers."""
+    """Seconds between tokens of a neighbour, without and with attackers."""
 
     quiet: list[float] = field(default_factory=list)
     attacked: list[float] = field(default_factory=list)
 
     def ratio(self, percent: int) -> float:
+        """Infinite where the neighbour got no token beside attackers."""
+        if not self.attacked:
+            return math.inf
         return percentile(self.attacked, percent) / percentile(self.quiet, percent)
+
+
+@dataclass
+class Found:
+    """What one attacker did to each neighbour."""
+
+    attacks: Attacks = field(default_factory=Attacks)
+    windows: dict[str, Windows] = field(default_factory=dict)
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -118,7 +162,15 @@ def percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-async def measure(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Windows]], dict[str, Attacks]]:
+def attackers_of(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Name → source, or nothing for the row in which nobody attacks."""
+    scripts = {path.stem: path.read_text() for path in sorted(HOSTILE.glob("*.py"))}
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = list(scripts)[part - 1 :: parts] if not arguments.only else arguments.only
+    return CONTROLS | {name: scripts[name] for name in chosen}
+
+
+async def measure(arguments: argparse.Namespace, model: str) -> dict[str, Found]:
     """Windows by attacker and neighbour, and how the attackers fared."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -127,7 +179,7 @@ async def measure(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Wi
 
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
-            str(arguments.model),
+            model,
             dtype="float32" if not _on_gpu() else "auto",
             enforce_eager=not _on_gpu(),
             max_model_len=1024,
@@ -137,27 +189,27 @@ async def measure(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Wi
     )
     neighbours = [Neighbour("plain", False), Neighbour("controlled", True)]
     running = [asyncio.create_task(neighbour.run(engine)) for neighbour in neighbours]
-    found: dict[str, dict[str, Windows]] = {}
-    attacks: dict[str, Attacks] = {}
+    found: dict[str, Found] = {}
     try:
-        await asyncio.sleep(3)
-        for path in sorted(HOSTILE.glob("*.py")):
-            if arguments.only and path.stem not in arguments.only:
-                continue
-            found[path.stem] = {neighbour.name: Windows() for neighbour in neighbours}
-            tally = attacks[path.stem] = Attacks()
-            for _ in range(arguments.rounds):
-                await _window(neighbours, found[path.stem], arguments.seconds, attacked=False)
+        await asyncio.sleep(5)
+        for name, source in attackers_of(arguments).items():
+            one = found[name] = Found()
+            for neighbour in neighbours:
+                one.windows[neighbour.name] = Windows()
+            for number in range(arguments.rounds):
+                await _window(neighbours, one, arguments.seconds, attacked=False)
                 attackers = [
-                    asyncio.create_task(attack(engine, path.read_text(), f"{path.stem}-{i}", tally))
-                    for i in range(arguments.attackers)
+                    asyncio.create_task(attack(engine, source, f"{name}-{number}-{i}", one.attacks))
+                    for i in range(arguments.attackers if source is not None else 0)
                 ]
-                await _window(neighbours, found[path.stem], arguments.seconds, attacked=True)
+                # All of them begin at once here, and never again.
+                await asyncio.sleep(LEAD)
+                await _window(neighbours, one, arguments.seconds, attacked=True)
                 for task in attackers:
                     task.cancel()
                 await asyncio.gather(*attackers, return_exceptions=True)
                 # What the attackers left behind ends.
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(2 * LEAD)
             for task in running:
                 if task.done():
                     task.result()
@@ -166,18 +218,16 @@ async def measure(arguments: argparse.Namespace) -> tuple[dict[str, dict[str, Wi
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         engine.shutdown()
-    return found, attacks
+    return found
 
 
-async def _window(
-    neighbours: list[Neighbour], windows: dict[str, Windows], seconds: float, attacked: bool
-) -> None:
+async def _window(neighbours: list[Neighbour], found: Found, seconds: float, attacked: bool) -> None:
     start = time.perf_counter()
     await asyncio.sleep(seconds)
     end = time.perf_counter()
     for neighbour in neighbours:
-        gaps = neighbour.gaps(start, end)
-        (windows[neighbour.name].attacked if attacked else windows[neighbour.name].quiet).extend(gaps)
+        windows = found.windows[neighbour.name]
+        (windows.attacked if attacked else windows.quiet).extend(neighbour.gaps(start, end))
 
 
 def _on_gpu() -> bool:
@@ -186,84 +236,113 @@ def _on_gpu() -> bool:
     return not current_platform.is_cpu()
 
 
-def show(found: dict[str, dict[str, Windows]], attacks: dict[str, Attacks]) -> dict[str, float]:
-    """Print the table; the ratio of p99 over all attackers, by neighbour."""
+def show(found: dict[str, Found]) -> list[str]:
+    """Print the table; returns who slowed a neighbour down by more than the goal."""
     table = Table(title="time between two tokens of a neighbour (ms)")
-    for column in ("attacker", "attacks", "neighbour", "p50", "attacked", "p99", "attacked", "ratio"):
+    for column in (
+        "attacker",
+        "attacks",
+        "neighbour",
+        "tokens",
+        "p50",
+        "attacked",
+        "p99",
+        "attacked",
+        "ratio",
+    ):
         table.add_column(column, justify="left" if column in ("attacker", "neighbour") else "right")
-    runs = {name: f"{tally.began} + {tally.refused} refused" for name, tally in attacks.items()}
     everything: dict[str, Windows] = {}
-    for attacker, windows in found.items():
-        for name, window in windows.items():
-            together = everything.setdefault(name, Windows())
-            together.quiet += window.quiet
-            together.attacked += window.attacked
-            _row(table, attacker, runs[attacker], name, window)
-    for name, window in everything.items():
-        _row(table, "all", str(sum(tally.began for tally in attacks.values())), name, window)
-    Console(width=120).print(table)
-    return {name: window.ratio(99) for name, window in everything.items()}
+    beyond = []
+    for attacker, one in found.items():
+        runs = f"{one.attacks.began} + {one.attacks.refused} refused"
+        for name, windows in one.windows.items():
+            _row(table, attacker, runs, name, windows)
+            if attacker not in CONTROLS:
+                together = everything.setdefault(name, Windows())
+                together.quiet += windows.quiet
+                together.attacked += windows.attacked
+                if windows.ratio(99) > GOAL:
+                    beyond.append(f"{attacker} ({name}: {windows.ratio(99):.2f})")
+    for name, windows in everything.items():
+        _row(table, "all", str(sum(one.attacks.began for one in found.values())), name, windows)
+    Console(width=130).print(table)
+    return beyond
 
 
-def _row(table: Table, attacker: str, runs: str, name: str, window: Windows) -> None:
-    if not window.quiet or not window.attacked:
-        table.add_row(attacker, runs, name, "no token", "", "", "", "")
-        return
+def _row(table: Table, attacker: str, runs: str, name: str, windows: Windows) -> None:
     cells = [
-        1000 * percentile(values, percent)
+        f"{1000 * percentile(values, percent):.2f}" if values else "none"
         for percent in (50, 99)
-        for values in (window.quiet, window.attacked)
+        for values in (windows.quiet, windows.attacked)
     ]
-    table.add_row(attacker, runs, name, *(f"{cell:.2f}" for cell in cells), f"{window.ratio(99):.2f}")
+    table.add_row(attacker, runs, name, str(len(windows.attacked)), *cells, f"{windows.ratio(99):.2f}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, help="a model's folder; a tiny random one is made if there is none"
-    )
-    parser.add_argument("--seconds", type=float, default=2, help="of each window")
-    parser.add_argument("--rounds", type=int, default=1, help="windows of each kind for each script")
+    parser.add_argument("--layers", type=int, default=8, help="of the embedded model")
+    parser.add_argument("--seconds", type=float, default=1.2, help="of each window")
+    parser.add_argument("--rounds", type=int, default=3, help="windows of each kind for each script")
     parser.add_argument("--attackers", type=int, default=4, help="hostile requests at the same time")
     parser.add_argument("--only", nargs="*", help="names of hostile scripts")
+    parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the scripts")
+    parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier parts: show them together")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    found = read(arguments.merge) if arguments.merge else run(arguments)
+    beyond = show(found)
+    print(f"p99 beside attackers over {GOAL} times that without: {', '.join(beyond) or 'none'}")
+    print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Found]:
+    """Measure."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.model is None:
-            from tests.engine.random_model import random_model
-
-            arguments.model = random_model(Path(folder))
-        found, attacks = asyncio.run(measure(arguments))
-    ratios = show(found, attacks)
-    for name, ratio in ratios.items():
-        print(f"{name}: p99 with attackers is {ratio:.2f} times that without; the goal is {GOAL}")
-    print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"ratios": ratios, "scripts": summary(found)}, indent=2))
-    return 0
+        cut_model(Path(folder), arguments.layers)
+        return asyncio.run(measure(arguments, folder))
 
 
-def summary(found: dict[str, dict[str, Windows]]) -> dict[str, Any]:
-    """Milliseconds, for a file."""
-    return {
-        attacker: {
-            name: {
-                kind: {
-                    "tokens": len(values),
-                    "mean": 1000 * statistics.fmean(values),
-                    "p50": 1000 * percentile(values, 50),
-                    "p99": 1000 * percentile(values, 99),
-                }
-                for kind, values in (("quiet", window.quiet), ("attacked", window.attacked))
-                if values
+def cut_model(folder: Path, layers: int) -> None:
+    """Write the embedded model without its later layers."""
+    from safetensors.numpy import load_file, save_file
+
+    from aici_vllm.model import embedded_model
+
+    for path in embedded_model().iterdir():
+        if path.suffix == ".safetensors":
+            later = re.compile(r"model\.layers\.(\d+)\.")
+            kept = {
+                name: weights
+                for name, weights in load_file(path).items()
+                if (found := later.match(name)) is None or int(found[1]) < layers
             }
-            for name, window in windows.items()
-        }
-        for attacker, windows in found.items()
-    }
+            save_file(kept, folder / path.name, metadata={"format": "pt"})
+        elif path.name == "config.json":
+            config = json.loads(path.read_text()) | {"num_hidden_layers": layers}
+            (folder / path.name).write_text(json.dumps(config))
+        elif path.is_file():
+            shutil.copy(path, folder)
+
+
+def read(paths: list[Path]) -> dict[str, Found]:
+    """What other runs have found; windows of the same attacker are put together."""
+    found: dict[str, Found] = {}
+    for path in paths:
+        for attacker, one in json.loads(path.read_text()).items():
+            total = found.setdefault(attacker, Found())
+            total.attacks.began += one["attacks"]["began"]
+            total.attacks.refused += one["attacks"]["refused"]
+            for name, windows in one["windows"].items():
+                together = total.windows.setdefault(name, Windows())
+                together.quiet += windows["quiet"]
+                together.attacked += windows["attacked"]
+    return found
 
 
 if __name__ == "__main__":
