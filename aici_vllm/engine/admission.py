@@ -13,12 +13,14 @@ A request carries a controller in `SamplingParams.extra_args` (over HTTP: `vllm_
 import copy
 import functools
 import re
+import zlib
 from collections.abc import Callable, Coroutine
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 
 from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.controller.limits import Limits
@@ -135,6 +137,31 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> tuple[Any, Any]:
         STOP_TOKENS: list(params.stop_token_ids or []),
     }
     return _fill_empty(vllm_config, prompt), params
+
+
+def place(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Keep what one engine must have together in one, where data parallelism has several.
+
+    vLLM sends each choice of a request to an engine of its own.
+
+    Raises:
+        BadRequestError: nobody says which engine has the checkpoint.
+    """
+    if not is_controlled(request.sampling_params) or request.data_parallel_rank is not None:
+        return
+    parallel = vllm_config.parallel_config
+    local = parallel.local_engines_only
+    engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+    assert request.sampling_params is not None
+    if engines == 1:
+        return
+    if not {CHECKPOINT, FROM, DROP}.isdisjoint(request.sampling_params.extra_args or {}):
+        raise BadRequestError(
+            f"a checkpoint stays in one of this server's {engines} engines: name the same one in each request"
+            f" that makes, uses or drops it, with the header X-data-parallel-rank: 0 to {engines - 1}"
+        )
+    if request.sampling_params.n > 1:
+        request.data_parallel_rank = zlib.crc32(request.request_id.encode()) % engines
 
 
 def check_arguments(vllm_config: VllmConfig, xargs: dict[str, Any]) -> dict[str, Any]:

@@ -62,10 +62,12 @@ def _replace_once(owner: Any, name: str, replace: Callable[[Callable[..., Any]],
 
 Admit = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(vllm_config, prompt, sampling_params) -> prompt and parameters to use; raises ValueError to refuse."""
+Place = Callable[[Any, Any], None]
+"""(vllm_config, the engine's request): may set its `data_parallel_rank`; raises ValueError to refuse."""
 
 
-def admit_requests_with(admit: Admit) -> None:
-    """Have `admit` see every request in the front-end, before vLLM validates it.
+def admit_requests_with(admit: Admit, place: Place) -> None:
+    """Have `admit` see every request in the front-end, before vLLM validates it, and `place` what it becomes.
 
     vLLM's own hook, `LogitsProcessor.validate_params`, is told neither the configuration nor the
     prompt, so it can neither notice missing flags nor fill an empty prompt.
@@ -79,9 +81,13 @@ def admit_requests_with(admit: Admit) -> None:
         ) -> Any:
             try:
                 prompt, params = admit(self.vllm_config, prompt, params)
+                request = original(self, request_id, prompt, params, *args, **kwargs)
+                place(self.vllm_config, request)
+            except VLLMValidationError:
+                raise
             except ValueError as error:
                 raise VLLMValidationError(str(error)) from error
-            return original(self, request_id, prompt, params, *args, **kwargs)
+            return request
 
         return process_inputs
 
