@@ -49,9 +49,10 @@ async def anything() -> None:
 
 
 async def json_strings() -> None:
-    """JSON, whose punctuation is partly forced."""
+    """JSON texts, one after the other, whose punctuation is partly forced."""
     schema = {"type": "array", "items": {"type": "string"}}
-    await aici.gen_tokens(json_schema=schema, max_tokens=MAX_TOKENS)
+    while True:
+        await aici.gen_tokens(json_schema=schema, max_tokens=MAX_TOKENS)
 
 
 KINDS: dict[str, Controller] = {"regex": words, "any text": anything, "JSON": json_strings}

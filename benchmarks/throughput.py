@@ -2,9 +2,12 @@
 
 Two engines live at once and take the same batches in turn: the plugin's, and an unmodified vLLM with one
 backend. All write the same kind of text from the same prompts, greedily. What a constraint forces is spliced
-by a controller and sampled by vLLM; the forced share is given.
+by a controller and sampled by vLLM; the forced share is given. Tokens of both kinds count as written. Forced
+text takes the tokens that the tokenizer makes of it, where vLLM's masks let the model spell it in more; so
+requests per second are given too, and how many tokens a request has.
 
-    python benchmarks/throughput.py [--full] [--backends xgrammar] [--batches 1 8] [--out FOLDER]
+    python benchmarks/throughput.py [--full] [--backends xgrammar] [--batches 1 8] [--kinds regex choice]
+        [--rounds N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _engines import engine
-from _reporting import Bars, Report, arguments, median
+from _reporting import Bars, Report, arguments, median, shown
 
 import aici_vllm
 from aici_vllm import aici
@@ -90,10 +93,12 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--backends", nargs="+")
     parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
     backends = options.backends or (BACKENDS if options.full else BACKENDS[:1])
     batches = options.batches or ([1, 8, 64] if options.full else [1, 8])
-    rounds = 10 if options.full else 3
+    rounds = options.rounds or (10 if options.full else 3)
     columns = (
         "kind",
         "backend",
@@ -103,6 +108,8 @@ def main() -> int:
         "ratio",
         "ours req/s",
         "ratio of req/s",
+        "tok/req",
+        "same text",
         "forced",
     )
     title = f"constrained generation to the end, medians of {rounds} rounds"
@@ -111,9 +118,13 @@ def main() -> int:
         for backend in backends:
             with engine(plugin=False, structured_outputs_config={"backend": backend}) as theirs:
                 for size in batches:
-                    for name, kind in KINDS.items():
-                        report.rows.append(compare(ours, theirs, backend, name, kind, size, rounds))
-    report.notes.append("ratios are ours to vLLM's; forced: part of our tokens that was spliced, not sampled")
+                    for name in options.kinds:
+                        report.rows.append(compare(ours, theirs, backend, name, KINDS[name], size, rounds))
+                        print(*map(shown, report.rows[-1]), file=sys.stderr, flush=True)
+    report.notes.append(
+        "ratios are ours to vLLM's; tok/req: tokens of a request, ours and vLLM's; same text: part of the "
+        "requests for which both wrote the same; forced: part of our tokens that was spliced, not sampled"
+    )
     report.show()
     groups = [(f"{row[0]}, {row[1]}, {row[2]}", (row[3], row[4])) for row in report.rows]
     report.write(options.out, Bars(("controller", "vLLM structured outputs"), groups, "tok/s"))
@@ -130,7 +141,12 @@ def compare(ours: Any, theirs: Any, backend: str, name: str, kind: Kind, size: i
     served = [median([size / found.seconds for found in side[1:]]) for side in (mine, peers)]
     forced = sum(found.spliced for found in mine) / sum(found.tokens for found in mine)
     ratios = rates[0] / rates[1], served[0] / served[1]
-    return [name, backend, size, *rates, ratios[0], served[0], ratios[1], f"{forced:.0%}"]
+    lengths = "/".join(shown(side[-1].tokens / size) for side in (mine, peers))
+    same = sum(a == b for a, b in zip(mine[-1].texts, peers[-1].texts, strict=True)) / size
+    return [
+        *(name, backend, size, *rates, ratios[0], served[0], ratios[1]),
+        *(lengths, f"{same:.0%}", f"{forced:.0%}"),
+    ]
 
 
 def prompts(size: int) -> list[str]:
