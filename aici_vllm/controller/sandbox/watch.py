@@ -98,10 +98,12 @@ class Watch:
         """Let everybody else compute first."""
         for thread in _threads(self._pid):
             with contextlib.suppress(ProcessLookupError):
-                if sys.platform == "linux":
-                    # Whoever wakes up takes its processor at once, which niceness alone does not give.
-                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
                 os.setpriority(os.PRIO_PROCESS, thread, LOWEST_PRIORITY)
+            if sys.platform == "linux":
+                # Whoever wakes up takes its processor at once, which niceness alone does not give. Some
+                # containers forbid the call.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
     def _seconds(self) -> float:
         """CPU time of the process, or its last known one."""
