@@ -16,6 +16,9 @@ LOW_PRIORITY, LOWEST_PRIORITY = 10, 19
 STILL = 1.0
 """Seconds without any progress, after which a process is called hung: others leave every process some."""
 
+STARVED = 5
+"""How many times as long as a hung process one may take that others keep from computing."""
+
 HUNG = "the sandbox process hung while it ran this script; nothing else was lost: send the request again"
 
 
@@ -70,8 +73,8 @@ class Watch:
         runs, computed = self._script_runs, self.computed()
         if computed != self._last_computed:
             self._last_computed, self._last_moved = computed, seconds
-        if (runs and computed > self._limit) or seconds > patience(self._limit):
-            still = seconds - self._last_moved > STILL
+        still = seconds - self._last_moved > STILL
+        if (runs and computed > self._limit) or seconds > patience(self._limit) * (1 if still else STARVED):
             self.kill(HUNG if still else f"TimeoutError: {time_limit(self._limits, self._was_started)}")
         elif runs and self._was_started:
             self._note_late(computed)
@@ -135,5 +138,5 @@ def _threads(pid: int) -> list[int]:
 
 
 def patience(limit: float) -> float:
-    """Seconds in which a process that others keep from computing should have used its `limit`."""
+    """Seconds after which a process is killed that makes no progress and has not used its `limit`."""
     return 4 * limit + 1

@@ -11,7 +11,7 @@ from aici_vllm.controller.program import Raised, Turn
 from aici_vllm.controller.sandbox.preludes import Needs, Prelude, Preludes, needs
 from aici_vllm.controller.sandbox.program import SandboxProgram
 from aici_vllm.controller.sandbox.turn import Abandoned, LiveScript
-from aici_vllm.controller.sandbox.watch import HUNG, Watch, make_modest, patience
+from aici_vllm.controller.sandbox.watch import HUNG, STARVED, Watch, make_modest, patience
 
 WORKER_DIED = (
     "the sandbox process died while it ran this script; nothing else was lost: send the request again"
@@ -43,7 +43,7 @@ class Worker:
         self._limits = limits
         # The watch kills first, and knows why; this finds a process that hung while it was idle.
         longest = max(limits.init_seconds, limits.step_seconds * limits.late_steps)
-        self._longest_turn = patience(longest) + 1
+        self._longest_turn = STARVED * patience(longest) + 1
         self._monty: Monty | None = None
         self._preludes = preludes
         self._session: MontySession | None = None
