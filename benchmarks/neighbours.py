@@ -2,9 +2,9 @@
 
 For each hostile script, windows without it and windows with it alternate: `--attackers` clients run it again
 and again, while a plain request and a controlled one go on generating. Prints the time between two of their
-tokens, p50 and p99 over all windows of a kind, and the ratio of the two p99. Three rows say how to read it:
-`(nobody)` compares quiet windows with quiet ones, so it shows what chance does to the ratio; `(harmless)` and
-`(harmless and brief)` run good scripts in their place, so they show what so many clients cost anyway.
+tokens, p50 and p99 over all windows of a kind, and the ratio of the two p99. The rows in brackets say how to
+read it: `(nobody)` compares quiet windows with quiet ones, so it shows what chance does to the ratio; others
+run good scripts in the attackers' place, so they show what so many clients or branches cost anyway.
 
 The model is the embedded one with its first `--layers` layers: on two cores a step then takes about as long
 as one of a larger model on a GPU.
@@ -65,6 +65,15 @@ import aici
 
 async def main():
     await aici.FixedTokens("Once")
+
+aici.start(main)
+""",
+    "(harmless, 16 at once)": """
+import aici
+
+async def main():
+    await aici.fork(16)
+    await aici.gen_tokens(max_tokens=1)
 
 aici.start(main)
 """,
@@ -213,6 +222,7 @@ async def measure(arguments: argparse.Namespace, model: str) -> dict[str, Found]
             for task in running:
                 if task.done():
                     task.result()
+            write(found, arguments.json)
     finally:
         for task in running:
             task.cancel()
@@ -293,9 +303,14 @@ def main() -> int:
     beyond = show(found)
     print(f"p99 beside attackers over {GOAL} times that without: {', '.join(beyond) or 'none'}")
     print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
+    write(found, arguments.json)
     return 0
+
+
+def write(found: dict[str, Found], path: Path | None) -> None:
+    """Keep what was found so far: a run may be broken off."""
+    if path is not None:
+        path.write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Found]:
