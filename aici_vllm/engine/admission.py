@@ -228,7 +228,10 @@ def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingPar
             vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
         ),
         "a KV connector": vllm_config.kv_transfer_config is not None,
-        "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+        "speculative decoding with pipeline parallelism": (
+            vllm_config.speculative_config is not None
+            and vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
         "a diffusion model": vllm_config.model_config.is_diffusion,
         "an encoder-decoder model": vllm_config.model_config.is_encoder_decoder,
     }.items():

@@ -81,6 +81,12 @@ class Scheduler(AsyncScheduler):
         self.programs = Programs(self.limits)
         self.telemetry = Telemetry(self.vllm_config, self.log_stats)
         self._stats: SchedulerStats | None = None
+        self._runs_ahead = bool(self.vllm_config.scheduler_config.async_scheduling)
+        # What `AsyncScheduler` adds puts a request into steps before its last token is known. Without async
+        # scheduling no worker can compute those, and pipeline parallelism has several steps in flight.
+        vllm: Any = super() if self._runs_ahead else super(AsyncScheduler, self)
+        self._vllm_update_after_schedule = vllm._update_after_schedule
+        self._vllm_update_request_with_output = vllm._update_request_with_output
         self._width = 1 + self.num_spec_tokens
         most = self.max_num_running_reqs * self._width
         self.masks = MaskTable(table_rows(most, self.vocabulary.num_words))
@@ -173,7 +179,7 @@ class Scheduler(AsyncScheduler):
             self.telemetry.computed(len(lanes))
             # vLLM tells the scheduler of drafts only where somebody's masks depend on them.
             scheduler_output.has_structured_output_requests |= self.num_spec_tokens > 0
-        super()._update_after_schedule(scheduler_output)
+        self._vllm_update_after_schedule(scheduler_output)
         # The mask of a row depends on the token that is still being sampled: let the forward pass run
         # and sample once that token is known. vLLM has this for its own structured outputs.
         scheduler_output.pending_structured_output_tokens |= waits_for_token
@@ -247,8 +253,8 @@ class Scheduler(AsyncScheduler):
     ) -> tuple[list[int], bool]:
         member = self._controlled.get(request.request_id)
         if member is None:
-            return super()._update_request_with_output(request, new_token_ids, is_stale)
-        if not is_stale:
+            return self._vllm_update_request_with_output(request, new_token_ids, is_stale)
+        if self._runs_ahead and not is_stale:
             request.num_output_placeholders -= len(new_token_ids)
         if member.group.unscored:
             self._take_prompt_logprobs(member.group)

@@ -97,6 +97,7 @@ class Engine:
         self.scheduler.programs = self.programs
         self.worker = self._worker()
         self._queue: deque[tuple[Any, Any]] = deque()
+        self._queue_size = settings.stages + settings.asynchronous
         self._aborts: list[str] = []
         self.free_at_start = self.pool.get_num_free_blocks()
 
@@ -200,7 +201,7 @@ class Engine:
     def step(self) -> int:
         """One turn of the loop; how many tokens were scheduled or arrived in it."""
         self.steps += 1
-        return self._step_with_queue() if self.settings.asynchronous else self._step()
+        return self._step_with_queue() if self._queue_size > 1 else self._step()
 
     def _step(self) -> int:
         if not self.scheduler.has_requests():
@@ -224,7 +225,7 @@ class Engine:
             else:
                 masks = self.scheduler.get_grammar_bitmask(output) if done else None
                 self._queue.appendleft((output, self._sample(output, masks)))
-                if len(self._queue) < 2 and (done or self.scheduler.has_requests()):
+                if len(self._queue) < self._queue_size and (done or self.scheduler.has_requests()):
                     return done
         elif not self._queue:
             return 0
@@ -279,6 +280,7 @@ class Engine:
             aborts, self._aborts = self._aborts, []
             self.scheduler.finish_requests(aborts, RequestStatus.FINISHED_ABORTED)
         answers = self.scheduler.update_from_output(output, result)
+        self.worker.delivered(result.req_ids)
         for answer in answers.values():
             for found in answer.outputs:
                 self._deliver(found)

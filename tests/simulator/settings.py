@@ -31,6 +31,8 @@ class Settings:
         few_masks: the table of masks holds no more rows than two steps need.
         throttled: two steps of three put prefills off, as data parallelism does to balance its engines.
         adapters: how many LoRA adapters a step may use; 0 for an engine without LoRA.
+        stages: of pipeline parallelism: so many steps are in flight at once without async scheduling, and
+            one more with it (Model Runner V2 only).
         drafts: tokens of speculative decoding that each request gets proposed (Model Runner V2 only).
     """
 
@@ -52,6 +54,7 @@ class Settings:
     few_masks: bool = False
     throttled: bool = False
     adapters: int = 0
+    stages: int = 1
     drafts: int = 0
 
     @property
@@ -83,7 +86,10 @@ def random_settings(rng: random.Random) -> Settings:
         throttled=rng.random() < 0.1,
         adapters=rng.choice([0, 0, 1, 2]),
     )
-    return replace(settings, drafts=_drafts(rng, settings))
+    drafts = _drafts(rng, settings)
+    # vLLM asserts a bound on a step's adapters that its own pipelines break.
+    may_pipeline = not drafts and not settings.adapters and (settings.v2 or not settings.asynchronous)
+    return replace(settings, drafts=drafts, stages=rng.choice([1, 1, 2]) if may_pipeline else 1)
 
 
 def _drafts(rng: random.Random, settings: Settings) -> int:
@@ -132,7 +138,7 @@ def vllm_config(settings: Settings) -> Any:
     from vllm.config import LoRAConfig, SpeculativeConfig
 
     config = copy.copy(_base_config())
-    for name in ("model_config", "cache_config", "scheduler_config"):
+    for name in ("model_config", "cache_config", "scheduler_config", "parallel_config"):
         setattr(config, name, copy.copy(getattr(config, name)))
     config.model_config.max_model_len = settings.context
     config.cache_config.block_size = settings.block_size
@@ -140,6 +146,7 @@ def vllm_config(settings: Settings) -> Any:
     config.cache_config.enable_prefix_caching = settings.prefix_caching
     config.additional_config = {"aici": {"limits": {"branches": 64, "checkpoints": 6}}}
     config.lora_config = LoRAConfig(max_loras=settings.adapters) if settings.adapters else None
+    config.parallel_config.pipeline_parallel_size = settings.stages
     scheduler = config.scheduler_config
     scheduler.async_scheduling = settings.asynchronous
     scheduler.max_num_seqs = settings.most_running

@@ -23,6 +23,7 @@ SCHEDULES = 250
 
 ROOMY = Settings()
 TIGHT = Settings(spare_blocks=4, most_running=4)
+PIPELINE = replace(ROOMY, asynchronous=False, v2=False, stages=2)
 DRAFTS = replace(ROOMY, drafts=3)
 PREEMPTING = replace(DRAFTS, drafts=1, asynchronous=False, policy="priority", reserve_whole=False)
 PREEMPTING = replace(PREEMPTING, block_size=2, spare_blocks=0, most_running=3, context=48)
@@ -233,6 +234,19 @@ def hashes_of_preempted_tokens_kept(patch: Patch) -> None:
     patch.setattr(scheduler_module, "forget_uncomputed", lambda manager, request: None)
 
 
+def rows_scheduled_before_their_token_is_known(patch: Patch) -> None:
+    def make(init: Any) -> Any:
+        def init_running_ahead(self: Scheduler, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            self._runs_ahead = True
+            self._vllm_update_after_schedule = super(Scheduler, self)._update_after_schedule
+            self._vllm_update_request_with_output = super(Scheduler, self)._update_request_with_output
+
+        return init_running_ahead
+
+    wrapped(patch, Scheduler, "__init__", make)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (stale_hashes_after_a_splice, ROOMY, "stale hash|reads block"),
     (partial_block_shared_without_a_copy, ROOMY, f"{VLLM_ASSERTS}|reads block"),
@@ -262,6 +276,7 @@ FAULTS: list[tuple[Callable[[Patch], None], Settings, str]] = [
     (adapter_lost_in_a_fork, replace(ROOMY, adapters=2), "came to|reads block|stale hash"),
     (checkpoint_gone_on_from_under_any_adapter, replace(ROOMY, adapters=2), "came to|reads block|went on"),
     (tokens_behind_drafts_sampled_under_no_mask, DRAFTS, "came to"),
+    (rows_scheduled_before_their_token_is_known, PIPELINE, "only the device knew"),
     (hashes_of_preempted_tokens_kept, PREEMPTING, "stale hash"),
 ]
 

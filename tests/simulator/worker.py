@@ -38,7 +38,8 @@ class Row:
         tokens: all it would compute from, sampled ones too.
         prompt_len: how many of them came as the prompt.
         prefill_len: how many came from the scheduler, for Model Runner V2.
-        hidden: positions of sampled tokens that only the device knows (Model Runner V1, async).
+        hidden: positions of sampled tokens that only the device knows (Model Runner V1): with async
+            scheduling for good, else until the scheduler has taken them.
         blocks: for each group of layers, the ids of the blocks in order.
         computed: tokens computed before this step.
         drafts: what the drafter thinks comes next.
@@ -153,6 +154,9 @@ class Worker:
                 row.drafts = self.draft(request_id, row.prefixes(len(row.tokens))[-1], sampled[-1])
         self._sampled(step)
         return step.order, sampled
+
+    def delivered(self, request_ids: list[str]) -> None:
+        """The scheduler has taken what these requests sampled."""
 
     # What the runners differ in.
 
@@ -299,6 +303,11 @@ class WorkerV1(Worker):
     def _take_cached(self, cached: Any, index: int, request_id: str) -> None:
         row = self.rows[request_id]
         row.computed = cached.num_computed_tokens[index]
+        if cached.new_token_ids:
+            # The first stage of a pipeline learns from them what the last one sampled.
+            sent = cached.new_token_ids[index]
+            if sent != row.tokens[row.computed :][: len(sent)]:
+                raise WorkerError(f"{request_id}: the scheduler sends {sent} for {row.tokens}")
         blocks, outputs = cached.new_block_ids[index], cached.num_output_tokens[index]
         if outputs < len(row.tokens) - row.prompt_len:
             row.set_tokens(row.tokens[: row.prompt_len + outputs])
@@ -325,8 +334,14 @@ class WorkerV1(Worker):
     def _sampled(self, step: Step) -> None:
         if self._async:
             self._last_sampled = set(step.samples)
-            for request_id in step.samples:
-                self.rows[request_id].hidden.add(len(self.rows[request_id].tokens) - 1)
+        for request_id in step.samples:
+            self.rows[request_id].hidden.add(len(self.rows[request_id].tokens) - 1)
+
+    def delivered(self, request_ids: list[str]) -> None:
+        if not self._async:
+            for row in map(self.rows.get, request_ids):
+                if row is not None:
+                    row.hidden.clear()
 
 
 class WorkerV2(Worker):
