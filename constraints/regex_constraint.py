@@ -1,8 +1,9 @@
 """Regex constraints: an automaton names the states, and the fastest source at hand fills in their masks.
 
-A mask that no sequence has asked for comes from the index of the pattern, when there is one; else from
-llguidance, which starts at once; else, where few tokens can follow or llguidance meets its limits, from a
-walk of the token tree. All three give the same masks, so an index may arrive in the middle of a sequence.
+A mask that no sequence has asked for comes from the index of the pattern, when there is one. Else the first
+few come from rows of tokens or a walk of the token tree, where that is quick, and the others from llguidance,
+which needs 1 ms to read a pattern, or from a walk where it meets its limits. All give the same masks, so one
+may take over from another in the middle of a sequence.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from constraints.vocabulary import Vocabulary
 
 NARROW = 2_000
 """Tokens that begin with a byte that may follow: a walk over so many takes some 100 µs."""
+MAX_QUICK = 8
+"""Masks of a pattern that are made without llguidance: together they cost what it takes to read the pattern,
+and its masks cost half as much."""
 WORTH_SECONDS = 0.02
 """Time spent on the masks of one pattern, after which it is worth an index."""
 
@@ -51,6 +55,7 @@ class RegexMachine(Machine[int]):
         self.index: Index | None = indexes.find(vocabulary, pattern)
         self._indexes = indexes
         self._seconds = 0.0
+        self._num_quick = 0
 
     @cached_property
     def automaton(self) -> RegexAutomaton:
@@ -100,6 +105,13 @@ class RegexMachine(Machine[int]):
 
     def quick_row(self, state: int) -> Row | None:
         """The mask where it is made before llguidance has read the pattern; None elsewhere."""
+        if self._num_quick >= MAX_QUICK and self.fresh is not None:
+            return None
+        row = self._quick_row(state)
+        self._num_quick = MAX_QUICK if row is None else self._num_quick + 1
+        return row
+
+    def _quick_row(self, state: int) -> Row | None:
         if state == self.start and "automaton" not in self.__dict__ and not self._starts_quickly():
             return None
         row = loops.row_of(self.vocabulary, self.automaton, state)
