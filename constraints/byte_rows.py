@@ -44,6 +44,11 @@ class ByteRows:
         self._lengths = lengths
         self._longer = [self._row(np.flatnonzero(lengths > length)) for length in range(MAX_KEPT)]
 
+    def num_bytes(self) -> int:
+        """The memory of all rows."""
+        single = (self.later_high, self.utf8, self.utf8_later, *self._longer)
+        return self._below.nbytes + self._later.nbytes + sum(row.nbytes for row in single)
+
     def _row(self, ids: NDArray[np.integer] | list[int]) -> Row:
         return freeze(pack(np.asarray(ids, np.int64), self.size))
 

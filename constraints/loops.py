@@ -21,10 +21,14 @@ from constraints.vocabulary import Vocabulary
 MAX_TRIED = 400
 """Tokens that are tried one by one for a mask: some 100 µs."""
 
+FEW = 64
+"""Tokens that are sooner tried than looked at together."""
 MAX_SPELLED = 2000
 """Tokens that begin with the first bytes of what is no loop."""
 MAX_LOOPS = 8
 """Loops of one state."""
+MAX_OPTIONS = 64
+"""Options that are looked at one by one; more of them are taken for literal text."""
 MAX_TERMS = 1000
 """Terms that are looked at for the letters of what follows a loop."""
 
@@ -136,43 +140,52 @@ LEADS = (0xC2, 0xF4)
 
 def row_of(vocabulary: Vocabulary, automaton: Automaton, state: int) -> Row | None:
     """The text tokens that may follow `state`; None where no few operations tell. Writable."""
-    parts = _parts(automaton, state)
+    parts = _parts(vocabulary, automaton, state)
     if parts is None:
         return None
     loops, others = parts
     found: list[int] | None = []
     if others:
         found = _spelled(vocabulary, automaton, state, others)
-    sure = np.zeros(vocabulary.num_words, np.int32)
-    tried = np.zeros_like(sure)
-    for loop in loops if found is not None else ():
-        surely, perhaps = _rows_of(byte_rows_of(vocabulary), loop)
-        sure |= surely
-        tried |= perhaps
-    tried &= ~sure
-    if found is None or _count(tried) > MAX_TRIED:
+    if found is None:
         return None
-    texts = vocabulary.texts
-    found += [token for token in unpack(tried).tolist() if automaton.step(state, texts[token]) != DEAD]
+    sure = np.zeros(vocabulary.num_words, np.int32)
+    if loops:
+        tried = np.zeros_like(sure)
+        for loop in loops:
+            surely, perhaps = _rows_of(byte_rows_of(vocabulary), loop)
+            sure |= surely
+            tried |= perhaps
+        tried &= ~sure
+        if _count(tried) > MAX_TRIED:
+            return None
+        texts = vocabulary.texts
+        found += [token for token in unpack(tried).tolist() if automaton.step(state, texts[token]) != DEAD]
     bits = sure.view(np.uint8)
     for token in found:
         bits[token >> 3] |= 1 << (token & 7)
     return sure
 
 
-def _parts(automaton: Automaton, state: int) -> tuple[list[Loop], set[int]] | None:
+def _parts(vocabulary: Vocabulary, automaton: Automaton, state: int) -> tuple[list[Loop], set[int]] | None:
     """The loops with which `state` begins, and the bytes with which its other terms do."""
+    onward = _next_bytes(automaton, state)
+    if trie_of(vocabulary).weight_of(onward) <= FEW:
+        return [], onward
     loops: list[Loop] = []
     others = set[int]()
     waiting = list(automaton.terms_of(state))
     while waiting:
         term = waiting.pop()
         if isinstance(term, Alt):
+            if len(term.options) > MAX_OPTIONS:
+                return [], onward
             waiting += term.options
             continue
         loop = loop_of(automaton, term)
         if loop is None:
-            others.update(*(range(low, high + 1) for (low, high), _ in automaton.steps_of(term)))
+            for (low, high), _ in automaton.steps_of(term):
+                others.update(range(low, high + 1))
             continue
         loops.append(loop)
         if len(loops) > MAX_LOOPS:
@@ -186,18 +199,37 @@ def _count(row: Row) -> int:
     return int(np.bitwise_count(row.view(np.uint32)).sum())
 
 
+def _next_bytes(automaton: Automaton, state: int) -> set[int]:
+    """The bytes that may follow `state`."""
+    found = set[int]()
+    for term in automaton.terms_of(state):
+        for (low, high), _ in automaton.steps_of(term):
+            found.update(range(low, high + 1))
+    return found
+
+
 def _spelled(vocabulary: Vocabulary, automaton: Automaton, state: int, first: set[int]) -> list[int] | None:
     """The tokens that may follow `state` and begin with a byte of `first`; None when that takes long."""
-    if trie_of(vocabulary).weight_of(bytes(first)) > MAX_SPELLED:
+    weight = trie_of(vocabulary).weight_of(first)
+    if weight > MAX_SPELLED:
         return None
     spellings, ids_by_bytes = vocabulary.spellings, vocabulary.ids_by_bytes
     found: list[int] = []
+    if weight <= FEW:
+        for byte in first:
+            place = bisect_left(spellings, bytes((byte,)))
+            while place < len(spellings) and (text := spellings[place])[0] == byte:
+                if automaton.step(state, text) != DEAD:
+                    found += ids_by_bytes[text]
+                place += 1
+        return found
     count = 0
     waiting = [(b"", state)]
     while waiting:
         text, at = waiting.pop()
-        for byte, after in enumerate(automaton.row(at)):
-            if after == DEAD or not (text or byte in first):
+        row = automaton.row(at)
+        for byte in _next_bytes(automaton, at) if text else first:
+            if (after := row[byte]) == DEAD:
                 continue
             count += 1
             if count > MAX_TRIED:

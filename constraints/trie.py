@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -38,16 +38,16 @@ class TokenTrie:
             [(same[0], other) for same in vocabulary.ids_by_bytes.values() for other in same[1:]], np.int64
         ).reshape(-1, 2)
         self.root_children = 0
-        self.weight = np.zeros(256, np.int64)
+        self.weight = [0] * 256
         """How many tokens begin with each byte: what a walk through it costs at most."""
         self.levels = _levels(spellings, ids)
         if self.levels:
             self.root_children = len(self.levels[0].byte)
-            self.weight += np.bincount([text[0] for text in spellings], minlength=256)
+            self.weight = np.bincount([text[0] for text in spellings], minlength=256).tolist()
 
-    def weight_of(self, first: bytes) -> int:
+    def weight_of(self, first: Iterable[int]) -> int:
         """How many tokens begin with one of the bytes `first`."""
-        return int(self.weight[np.frombuffer(first, np.uint8)].sum())
+        return sum(map(self.weight.__getitem__, first))
 
     def walk(self, table: Ints, start: int) -> Ints:
         """The state that each token leads to from `start`: int32[size], DEAD where it may not come.

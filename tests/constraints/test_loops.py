@@ -34,6 +34,7 @@ LOOPS = [
     r"-?[0-9]+(\.[0-9]+)?",
     r"(?s).*",
     "(yes|no|maybe|certainly not)",
+    "|".join(f"<{n}[a-z]*>" for n in range(100)),
 ]
 
 SELDOM = [
@@ -130,4 +131,5 @@ def test_rows_of_bytes():
             later = {i for i, text in texts.items() if any(low <= byte <= high for byte in text[1:])}
             assert ids(rows.later_in([(low, high)])) == later
     for length in (0, 1, 2, 50):
+        assert rows.num_bytes() < 600 * 4 * BROKEN.num_words
         assert ids(rows.longer_than(length)) == {i for i, text in texts.items() if len(text) > length}
