@@ -34,6 +34,7 @@ from _reporting import DEFAULT_FOLDER
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from constraints import ConstraintError, TokenSet, Vocabulary, json_schema, prepare, regex
+from constraints.byte_rows import byte_rows_of
 from constraints.index import builder
 from constraints.machine import MAX_ALL_STATES, compiled
 from constraints.masks import masks
@@ -206,7 +207,8 @@ def run(
         tokens = sequences_of(vocabulary, source, chosen.sequences)
         found[source] = measure(engines, source, tokens, CLOCKS[chosen.clock], chosen.limit)
         print(f"  {source.name}: {shown(quantiles(found[source][OURS].steps))} µs", flush=True)
-        memory.append({"masks": masks.num_bytes, "states": compiled.num_states()})
+        rows = byte_rows_of(vocabulary).num_bytes()
+        memory.append({"masks": masks.num_bytes, "states": compiled.num_states(), "rows": rows})
         builder.wait()
         for name, times in found[source].items():
             if times.failure:
@@ -301,10 +303,12 @@ def caches(memory: list[dict[str, int]], folder: Path) -> str:
     """The memory of this library's caches, and its files."""
     held = max(entry["masks"] for entry in memory)
     states = max(entry["states"] for entry in memory)
+    rows = max(entry["rows"] for entry in memory)
     files = [path.stat().st_size for path in folder.glob("index-*")]
     return (
         f"Caches: masks {held / 2**20:.1f} MiB at most, of {masks.max_bytes / 2**20:.0f} MiB allowed;"
         f" {states:,} states of machines at most, of {MAX_ALL_STATES:,};"
+        f" rows of tokens by their bytes {rows / 2**20:.1f} MiB for the largest vocabulary;"
         f" {len(files) // 2} indexes on disk, {sum(files) / 2**20:.1f} MiB."
     )
 
