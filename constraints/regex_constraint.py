@@ -1,9 +1,9 @@
 """Regex constraints: an automaton names the states, and the fastest source at hand fills in their masks.
 
-A mask that no sequence has asked for comes from the index of the pattern, when there is one. Else the first
-few come from rows of tokens or a walk of the token tree, where that is quick, and the others from llguidance,
-which needs 1 ms to read a pattern, or from a walk where it meets its limits. All give the same masks, so one
-may take over from another in the middle of a sequence.
+The first few masks of a pattern come from rows of tokens or a walk of the token tree, where that is quick.
+The others come from the index of the pattern, when there is one; else from llguidance, which needs 1 ms to read
+a pattern, or from a walk where it meets its limits. All give the same masks, so one may take over from another
+in the middle of a sequence.
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ class RegexMachine(Machine[int]):
         if not regex_syntax.has_match(tree):
             raise ConstraintError(f"regex {regex_syntax.shown(pattern)} matches no text at all")
         self._tree = tree
-        self.index: Index | None = indexes.find(vocabulary, pattern)
         self._indexes = indexes
         self._seconds = 0.0
         self._num_quick = 0
 
     @cached_property
+    def index(self) -> Index | None:
+        """The index, looked for on disk when more than a few masks are asked for: reading it takes 1 ms."""
+        return self._indexes.find(self.vocabulary, self.pattern)
+
+    @cached_property
     def automaton(self) -> RegexAutomaton:
-        """The states. A first mask often does without them."""
+        """The states."""
         return RegexAutomaton(self._tree)
 
     @cached_property
@@ -104,19 +108,20 @@ class RegexMachine(Machine[int]):
         return None if row is None else row.copy()
 
     def quick_row(self, state: int) -> Row | None:
-        """The mask where it is made before llguidance has read the pattern; None elsewhere."""
-        if self._num_quick >= MAX_QUICK and self.fresh is not None:
-            return None
-        row = self._quick_row(state)
-        self._num_quick = MAX_QUICK if row is None else self._num_quick + 1
-        return row
-
-    def _quick_row(self, state: int) -> Row | None:
+        """The mask where it is made soon without an index and without llguidance; None elsewhere."""
         if state == self.start and "automaton" not in self.__dict__ and not self._starts_quickly():
             return None
         row = loops.row_of(self.vocabulary, self.automaton, state)
         if row is None and trie_of(self.vocabulary).weight_of(self.following(state)) <= NARROW:
             row = self.walked_row(state)
+        return row
+
+    def early_row(self, state: int) -> Row | None:
+        """As `quick_row`, for the first few masks of the pattern."""
+        if self._num_quick >= MAX_QUICK:
+            return None
+        row = self.quick_row(state)
+        self._num_quick = MAX_QUICK if row is None else self._num_quick + 1
         return row
 
     def _starts_quickly(self) -> bool:
@@ -153,12 +158,13 @@ class RegexConstraint(MachineConstraint[int]):
 
     def _make_row(self) -> Row:
         state = self._state
-        row = self.machine.indexed_row(state)
-        if row is None:
-            start = perf_counter()
-            row = self.machine.quick_row(state)
-            if row is None:
-                row = self._guided_row()
+        start = perf_counter()
+        row = self.machine.early_row(state)
+        indexed = None if row is not None else self.machine.indexed_row(state)
+        if indexed is not None:
+            row = indexed
+        else:
+            row = self._guided_row() if row is None else row
             self.machine.spent(perf_counter() - start)
         if self.machine.accepts(state):
             row = row | self.vocabulary.eos_row
@@ -167,7 +173,8 @@ class RegexConstraint(MachineConstraint[int]):
     def _guided_row(self) -> Row:
         at = self._caught_up()
         if at is None:
-            return self.machine.walked_row(self._state)
+            row = self.machine.quick_row(self._state)
+            return self.machine.walked_row(self._state) if row is None else row
         if not at.is_stopped() and not at.is_accepting():
             # Only text tokens are in the engine's mask, which is then used as it is, uncopied.
             bits = at.compute_bitmask()

@@ -48,6 +48,7 @@ def test_it_takes_over_in_mid_sequence_and_no_mask_changes(
     random = Random(0)
     for step in range(30):
         if step == 3:
+            assert one.machine.index is None and two.machine.index is None
             assert builder.ask(smol, pattern, one.machine._use)
             builder.wait()
             assert one.machine.index is not None and two.machine.index is None, builder.failures
