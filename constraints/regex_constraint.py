@@ -1,9 +1,9 @@
 """Regex constraints: an automaton names the states, and the fastest source at hand fills in their masks.
 
 The first few masks of a pattern come from rows of tokens or a walk of the token tree, where that is quick.
-The others come from the index of the pattern, when there is one; else from llguidance, which needs 1 ms to read
-a pattern, or from a walk where it meets its limits. All give the same masks, so one may take over from another
-in the middle of a sequence.
+The others come from the index of the pattern, when there is one; else from llguidance, which needs 1 ms to
+read a pattern, or from a walk where it meets its limits. All give the same masks, so one may take over from
+another in the middle of a sequence.
 """
 
 from __future__ import annotations
