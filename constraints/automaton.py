@@ -137,6 +137,11 @@ class Automaton:
                 return self._steps(term)
         return term.steps
 
+    def joined(self, head: Term, tail: Term) -> Term:
+        """`head` and then `tail`, for who has no automaton to build."""
+        with self._lock:
+            return self.cat(head, tail)
+
     # Construction -----------------------------------------------------------------------------------------
 
     def _intern(self, kind: type[T], nullable: bool, *parts: object) -> T:

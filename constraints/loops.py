@@ -144,23 +144,28 @@ def row_of(vocabulary: Vocabulary, automaton: Automaton, state: int) -> Row | No
     if parts is None:
         return None
     loops, others = parts
-    found: list[int] | None = []
-    if others:
-        found = _spelled(vocabulary, automaton, state, others)
-    if found is None:
-        return None
     sure = np.zeros(vocabulary.num_words, np.int32)
+    found: list[int] = []
     if loops:
         tried = np.zeros_like(sure)
         for loop in loops:
             surely, perhaps = _rows_of(byte_rows_of(vocabulary), loop)
             sure |= surely
             tried |= perhaps
+        if others:
+            more = tried | byte_rows_of(vocabulary).first_in([(byte, byte) for byte in others])
+            if _count(more & ~sure) <= MAX_TRIED:
+                tried, others = more, set()
         tried &= ~sure
         if _count(tried) > MAX_TRIED:
             return None
         texts = vocabulary.texts
-        found += [token for token in unpack(tried).tolist() if automaton.step(state, texts[token]) != DEAD]
+        found = [token for token in unpack(tried).tolist() if automaton.step(state, texts[token]) != DEAD]
+    if others:
+        spelled = _spelled(vocabulary, automaton, state, others)
+        if spelled is None:
+            return None
+        found += spelled
     bits = sure.view(np.uint8)
     for token in found:
         bits[token >> 3] |= 1 << (token & 7)
@@ -177,21 +182,26 @@ def _parts(vocabulary: Vocabulary, automaton: Automaton, state: int) -> tuple[li
     waiting = list(automaton.terms_of(state))
     while waiting:
         term = waiting.pop()
-        if isinstance(term, Alt):
-            if len(term.options) > MAX_OPTIONS:
+        head, tail = _split(term)
+        if isinstance(head, Alt):
+            if len(head.options) > MAX_OPTIONS:
                 return [], onward
-            waiting += term.options
+            waiting += [o if tail is None else automaton.joined(o, tail) for o in head.options]
             continue
         loop = loop_of(automaton, term)
         if loop is None:
-            for (low, high), _ in automaton.steps_of(term):
-                others.update(range(low, high + 1))
+            others.update(_first_bytes(automaton, term))
             continue
         loops.append(loop)
         if len(loops) > MAX_LOOPS:
             return None
-        if loop.first is None and loop.rest is not None and _split(term)[0].nullable:
-            waiting.append(loop.rest)
+        if loop.first is None and loop.rest is not None and head.nullable:
+            # The loop may be left at once; tokens that do so with a character of the loop are in its rows.
+            begin = _first_bytes(automaton, loop.rest)
+            if not any(loop.inside >> min(byte, ASCII) & 1 for byte in begin):
+                waiting.append(loop.rest)
+            else:
+                others.update(byte for byte in begin if not loop.inside >> min(byte, ASCII) & 1)
     return loops, others
 
 
@@ -201,11 +211,11 @@ def _count(row: Row) -> int:
 
 def _next_bytes(automaton: Automaton, state: int) -> set[int]:
     """The bytes that may follow `state`."""
-    found = set[int]()
-    for term in automaton.terms_of(state):
-        for (low, high), _ in automaton.steps_of(term):
-            found.update(range(low, high + 1))
-    return found
+    return set[int]().union(*(_first_bytes(automaton, term) for term in automaton.terms_of(state)))
+
+
+def _first_bytes(automaton: Automaton, term: Term) -> set[int]:
+    return set[int]().union(*(range(low, high + 1) for (low, high), _ in automaton.steps_of(term)))
 
 
 def _spelled(vocabulary: Vocabulary, automaton: Automaton, state: int, first: set[int]) -> list[int] | None:

@@ -515,14 +515,23 @@ def first_ascii(tree: Tree) -> bytes:
 
 
 def begins_with_loop(tree: Tree) -> bool:
-    """Whether a match may begin with a repeat of one class of characters, or have it after one character."""
+    """Whether a match may begin with a repeat of one class of characters, or have it after one character.
+
+    A class that is a part of the characters beyond ASCII does not count.
+    """
     match tree:
         case Cat(parts):
             second = len(parts) > 1 and isinstance(parts[0], Chars)
             return bool(parts) and begins_with_loop(parts[second])
         case Alt(options):
             return any(map(begins_with_loop, options))
-        case Repeat(body):
-            return isinstance(body, Chars | Repeat)
+        case Repeat(Repeat(body)) | Repeat(body):
+            return isinstance(body, Chars) and _all_or_none_beyond_ascii(body.ranges)
         case Chars():
             return False
+
+
+def _all_or_none_beyond_ascii(ranges: Ranges) -> bool:
+    beyond = [part for part in ranges if part[1] > 0x7F]
+    whole = bool(beyond) and beyond[0][0] <= 0x80 and beyond[0][1] == ANY[0][1]
+    return not beyond or (whole and tuple(beyond[1:]) == ANY[1:])
