@@ -6,6 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 from constraints.errors import ConstraintError
 
@@ -119,16 +120,20 @@ HEX_LENGTH = {"x": 2, "u": 4, "U": 8}
 
 
 @cache
+def _category_runs() -> list[tuple[str, int, int]]:
+    """The general categories of all code points in order, those of neighbours together."""
+    runs, low = [], 0
+    for name, run in groupby(map(unicodedata.category, map(chr, range(TOP + 1)))):
+        length = sum(1 for _ in run)
+        runs.append((name, low, low + length - 1))
+        low += length
+    return runs
+
+
+@cache
 def category(name: str) -> Ranges | None:
     """The code points of a Unicode general category such as `L` or `Lu`; None when there is no such one."""
-    found: list[tuple[int, int]] = []
-    for code in range(TOP + 1):
-        if unicodedata.category(chr(code)).startswith(name):
-            if found and found[-1][1] == code - 1:
-                found[-1] = (found[-1][0], code)
-            else:
-                found.append((code, code))
-    return normal(found) or None
+    return normal([(low, high) for known, low, high in _category_runs() if known.startswith(name)]) or None
 
 
 @cache
