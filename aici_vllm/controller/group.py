@@ -1,5 +1,6 @@
 """The branches of one request: how they fork, wait for each other, and end."""
 
+import itertools
 from collections.abc import Callable
 
 from aici_vllm.controller.branch import Branch, Next
@@ -127,13 +128,18 @@ class Group:
         for branch in self.live:
             branch.end("abort")
 
+    def _live_at_least(self, count: int) -> bool:
+        # Those that a fork has just failed come last; a thousand of them must not all be met each time.
+        live = (branch for branch in self.branches if branch.next is not Next.END)
+        return next(itertools.islice(live, count - 1, None), None) is not None
+
     def _copy(self, parent: Branch) -> Branch:
         child = Branch(self, len(self.branches), parent.sequence.copy())
         child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level
         child.awaits = parent.awaits
         child.may_take_back = parent.may_take_back
-        too_many = len(self.live) >= self.limits.branches
+        too_many = self._live_at_least(self.limits.branches)
         self.branches.append(child)
         assert parent.program is not None
         if too_many:
