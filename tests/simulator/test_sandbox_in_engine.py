@@ -204,6 +204,9 @@ def test_requests_leave_nothing_behind(engine: Sandboxed) -> None:
         for job in jobs:
             assert_well(job)
         engine.assert_nothing_is_left()
+        # A turn's end is told before its lane is done with it.
+        while any(lane.program or lane.stays for lane in engine.sandbox()._lanes):
+            engine.sandbox().wait(0.01)
         engine.jobs.clear()
         engine._job_of.clear()
         del jobs, attackers, given_up
