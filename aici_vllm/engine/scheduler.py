@@ -6,36 +6,23 @@ own (`_update_request_with_output`); those that want more than to sample on are 
 forked, spliced, parked, resumed, or ended (`_settle`).
 """
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.utils import remove_all
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from aici_vllm.controller.branch import Branch, Next
-from aici_vllm.controller.errors import BadRequestError
-from aici_vllm.controller.group import Group
 from aici_vllm.controller.sampling import Sampling
-from aici_vllm.engine.admission import (
-    CHECKPOINT,
-    CHOICES,
-    CONTROLLER,
-    CONTROLLER_ARG,
-    DROP,
-    FROM,
-    is_controlled,
-    operator_limits,
-)
+from aici_vllm.engine.admission import is_controlled, operator_limits
 from aici_vllm.engine.blocks import can_share, drop_copies, forget_uncomputed, keep_prefix, share_prefix
 from aici_vllm.engine.checkpoints import Checkpoints
 from aici_vllm.engine.compat import allocation_wrapped, require_supported, send_output_tokens
@@ -44,15 +31,15 @@ from aici_vllm.engine.controlled import (
     Controlled,
     ControlledGroup,
     child_request,
-    client_stops,
     without_prompt_logprobs,
     worker_params,
 )
+from aici_vllm.engine.grouping import arguments, choice_index, make_group, root_id
 from aici_vllm.engine.live import LIVE, LiveViews
 from aici_vllm.engine.logprobs import BranchLogprobs
 from aici_vllm.engine.masks import Lanes, MaskTable, table_rows
+from aici_vllm.engine.outputs import Outputs, put_first, put_last
 from aici_vllm.engine.programs import Programs
-from aici_vllm.engine.results import RESULTS_KEY, results
 from aici_vllm.engine.sharing import Source, best_source
 from aici_vllm.engine.telemetry import Telemetry
 from aici_vllm.engine.vocabulary import model_vocabulary
@@ -97,10 +84,9 @@ class Scheduler(AsyncScheduler):
         self._controlled: dict[str, Controlled] = {}
         self._thinking: set[ControlledGroup] = set()
         self._unsettled: dict[ControlledGroup, None] = {}
-        self._outputs: list[tuple[int, EngineCoreOutput]] = []
+        self._outputs = Outputs(self.vocabulary.eos_token_id, self.live_views)
         self._step_lanes: list[int] = []
         self._step_output: ModelRunnerOutput | None = None
-        self._prompt_logprobs: dict[str, Any] = {}
 
     # Requests come and go.
 
@@ -108,10 +94,8 @@ class Scheduler(AsyncScheduler):
         if not is_controlled(request.sampling_params):
             super().add_request(request)
             return
-        assert request.sampling_params is not None and request.prompt_token_ids is not None
-        group = self._group_of(request, request.sampling_params, request.prompt_token_ids)
-        index = _choice_index(request) if group.choices > 1 else 0
-        if index:
+        group = self._group_of(request)
+        if index := choice_index(request):
             group.seats[index] = request
         else:
             self._adopt_root(group, request)
@@ -220,11 +204,10 @@ class Scheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        earlier, self._outputs = self._outputs, []
+        earlier = self._outputs.take()
         self._step_output = model_runner_output
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for client_index, output in reversed(earlier):
-            outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.insert(0, output)
+        put_first(outputs, earlier)
         unsettled, self._unsettled = self._unsettled, {}
         for group in unsettled:
             if group.unscored:
@@ -232,10 +215,7 @@ class Scheduler(AsyncScheduler):
             self._settle(group)
         if self._thinking:
             self._hold_up_for_scripts()
-        self._outputs += self.live_views.outputs()
-        for client_index, output in self._outputs:
-            outputs.setdefault(client_index, EngineCoreOutputs(outputs=[])).outputs.append(output)
-        self._outputs.clear()
+        put_last(outputs, self._outputs.take_all())
         if self._stats is not None:
             self.telemetry.report(self._stats, self)
         return outputs
@@ -281,8 +261,8 @@ class Scheduler(AsyncScheduler):
             if member.flows:
                 settled = new_token_ids
                 member.sent += len(settled)
-            elif member.logprobs is not None or request.request_id in self._prompt_logprobs:
-                self._send_settled(member)
+            elif member.logprobs is not None or self._outputs.has_prompt_logprobs(request):
+                self._outputs.send_settled(member)
             elif member.choice and not self.live_views.withholds_tokens(member.group):
                 settled = member.take_settled()
                 member.flows = branch.settled == len(branch.sequence)
@@ -316,7 +296,7 @@ class Scheduler(AsyncScheduler):
         found = self._step_output.prompt_logprobs_dict.pop(root.request.request_id, None)
         for request in [root.request, *group.seats.values()]:
             if found is not None:
-                self._prompt_logprobs[request.request_id] = found
+                self._outputs.keep_prompt_logprobs(request, found)
             request.skip_reading_prefix_cache = False
             assert request.sampling_params is not None
             request.sampling_params = without_prompt_logprobs(request.sampling_params)
@@ -369,7 +349,7 @@ class Scheduler(AsyncScheduler):
         if member.finished:
             return
         member.flows = False
-        self._send_settled(member)
+        self._outputs.send_settled(member)
         if member.branch.next is Next.END:
             self._finish(member)
         elif member.branch.sampling is None or member.branch.next is not Next.SAMPLE:
@@ -516,33 +496,11 @@ class Scheduler(AsyncScheduler):
         del self._controlled[request.request_id]
         gone = status is RequestStatus.FINISHED_ABORTED
         if member.choice and member is not member.group.root and not gone:
-            self._close_choice(member, None)
+            self._outputs.close_choice(member)
 
     def _finish_group(self, group: ControlledGroup) -> None:
-        for request in group.seats.values():
-            self._send(request, EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.STOP))
-        self._close_choice(group.root, {**self.live_views.events(group), RESULTS_KEY: results(group)})
+        self._outputs.close_group(group)
         self._drop(group)
-
-    def _close_choice(self, member: Controlled, found: dict[str, Any] | None) -> None:
-        """Send a choice's last output; vLLM drops the text of a token that comes with a stop."""
-        request, branch = member.request, member.branch
-        streamed = member.group.streamed
-        # A client's stop was completed by the last token, which must come with the end.
-        *earlier, output = member.rest_outputs() or [EngineCoreOutput(request.request_id, [])]
-        if streamed and not member.sent:
-            # vLLM's servers swallow a stream's end when no token came before it.
-            earlier.append(member.eos_output(self.vocabulary.eos_token_id))
-        for one in earlier:
-            self._send(request, one)
-        assert branch.finish_reason is not None
-        output.finish_reason = FINISH.get(branch.finish_reason, FinishReason.ABORT)
-        output.stop_reason = branch.error if branch.stopped_by is None else branch.stopped_by.reason
-        output.kv_transfer_params = found
-        output.trace_headers = request.trace_headers
-        if found is not None and streamed:
-            output.stop_reason = json.dumps({RESULTS_KEY: found[RESULTS_KEY]})
-        self._send(request, output)
 
     def _forget(self, request_id: str, status: RequestStatus) -> list[Request]:
         """The client has gone: end the whole request, or just the choice it gave up.
@@ -571,55 +529,23 @@ class Scheduler(AsyncScheduler):
     def _drop(self, group: ControlledGroup) -> None:
         self._thinking.discard(group)
         self._unsettled.pop(group, None)
-        for request in [*group.seats.values(), *(member.request for member in group.members.values())]:
-            self._prompt_logprobs.pop(request.request_id, None)
         self._groups.pop(group.root_id, None)
+        self._outputs.forget(group)
         self.live_views.forget(group)
         self.telemetry.ended(group)
 
     # Small things.
 
-    def _group_of(self, request: Request, params: SamplingParams, prompt: list[int]) -> ControlledGroup:
-        """The group a request belongs to; made by the first of its choices to arrive."""
-        args = params.extra_args or {}
-        choices = args.get(CHOICES, 1)
-        root_id = request.request_id if choices == 1 else f"0_{request.request_id.split('_', 1)[1]}"
-        if root_id not in self._groups:
-            start, refused = self._checkpoint_of(request, args)
-            group = Group(
-                self.vocabulary,
-                prompt if start is None else list(start.all_token_ids),
-                max_tokens=request.max_tokens,
-                min_tokens=request.max_tokens if params.ignore_eos else params.min_tokens,
-                context=self.max_model_len,
-                limits=self.limits,
-                arg=args.get(CONTROLLER_ARG, ""),
-                stops=client_stops(params),
-            )
-            streamed = params.output_kind is RequestOutputKind.DELTA
-            self._groups[root_id] = ControlledGroup(
-                group,
-                root_id,
-                args[CONTROLLER],
-                choices,
-                streamed,
-                start=start,
-                refused=refused,
-                checkpoint=args.get(CHECKPOINT),
-                drop=args.get(DROP),
-            )
-            if args.get(LIVE):
-                self.live_views.watch(self._groups[root_id])
-        return self._groups[root_id]
-
-    def _checkpoint_of(self, request: Request, args: dict[str, Any]) -> tuple[Request | None, str | None]:
-        """The checkpoint a request goes on from, if any, or why it cannot."""
-        if FROM not in args:
-            return None, None
-        try:
-            return self.checkpoints.find(args[FROM], request), None
-        except BadRequestError as error:
-            return None, str(error)
+    def _group_of(self, request: Request) -> ControlledGroup:
+        """The group a request belongs to; made when the first of its choices arrives."""
+        name = root_id(request)
+        group = self._groups.get(name)
+        if group is None:
+            shape = (self.vocabulary, self.limits, self.max_model_len, self.checkpoints)
+            group = self._groups[name] = make_group(request, *shape)
+            if arguments(request).get(LIVE):
+                self.live_views.watch(group)
+        return group
 
     def _hear_from_scripts(self) -> None:
         """Go on with the groups whose scripts have decided."""
@@ -649,20 +575,6 @@ class Scheduler(AsyncScheduler):
 
     def _has_other_work(self) -> bool:
         return bool(self.running or self.waiting or self.kv_holding_waiting)
-
-    def _send_settled(self, member: Controlled) -> None:
-        if self.live_views.withholds_tokens(member.group):
-            return
-        if member.choice:
-            for output in member.settled_outputs():
-                self._send(member.request, output)
-
-    def _send(self, request: Request, output: EngineCoreOutput) -> None:
-        if output.new_token_ids:
-            output.events = request.take_events()
-            output.prefill_stats = request.take_prefill_stats()
-        output.new_prompt_logprobs_tensors = self._prompt_logprobs.pop(request.request_id, None)
-        self._outputs.append((request.client_index, output))
 
     def _may_run_out_of_blocks(self) -> bool:
         """Whether the step about to be scheduled might want more blocks than are free."""
@@ -709,8 +621,3 @@ class Scheduler(AsyncScheduler):
             self.kv_holding_waiting.remove_requests([request])
             self.waiting.prepend_request(request)
         return True
-
-
-def _choice_index(request: Request) -> int:
-    """Which of the client's choices this is: vLLM calls them `0_id`, `1_id`, …"""
-    return int(request.request_id.split("_", 1)[0])
