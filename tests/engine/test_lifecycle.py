@@ -97,9 +97,15 @@ def steps(llm: LLM, count: int) -> dict[int, Any]:
     return outputs
 
 
+@pytest.fixture(scope="module", params=[REGIMES[0], REGIMES[1], REGIMES[3]], ids=lambda chosen: chosen.name)
+def chosen(request: pytest.FixtureRequest) -> Regime:
+    regime: Regime = request.param
+    return regime
+
+
 @pytest.fixture
-def llm(engine: Engines) -> LLM:
-    return engine(REGIMES[0], "random", **aici_vllm.engine_args())
+def llm(engine: Engines, chosen: Regime) -> LLM:
+    return engine(chosen, "random", **aici_vllm.engine_args())
 
 
 @pytest.mark.parametrize("clear_cache", [False, True])

@@ -4,13 +4,14 @@ import json
 import random
 from typing import Any
 
+import pytest
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 import aici_vllm
 from tests.engine.conftest import Engines
 from tests.engine.random_scripts import controller, random_program
-from tests.engine.regimes import REGIMES
+from tests.engine.regimes import REGIMES, Regime
 
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 4}}, "required": ["name"]}
 GRAMMARS = [
@@ -39,8 +40,8 @@ def choices(output: Any) -> list[Any]:
     return [(choice.text, choice.token_ids, choice.finish_reason) for choice in output.outputs]
 
 
-def test_plain_requests_do_not_notice_controllers(engine: Engines) -> None:
-    chosen = REGIMES[0]  # vLLM's own kernel for grammars does not run on a CPU under Model Runner V2.
+@pytest.mark.parametrize("chosen", [REGIMES[0], REGIMES[3]], ids=lambda chosen: chosen.name)
+def test_plain_requests_do_not_notice_controllers(engine: Engines, chosen: Regime) -> None:
     plain = plain_requests()
     unmodified = engine(chosen, "random")
     expected = [choices(o) for o in unmodified.generate(["Hello there"] * len(plain), plain, use_tqdm=False)]

@@ -35,6 +35,13 @@ def let_interpreter_take_integer_masks() -> None:
     _after_import("triton.runtime.interpreter", _wrap_masked_access)
 
 
+def filter_top_p_without_a_kernel() -> None:
+    """Have vLLM do as without Triton: the interpreter refuses the arguments of its kernel."""
+    _after_import(
+        "vllm.v1.sample.ops.topk_topp_sampler", lambda sampler: setattr(sampler, "HAS_TRITON", False)
+    )
+
+
 def let_environment_choose_async_scheduling() -> None:
     """Turn async scheduling back on, where the environment says so, after the CPU platform turned it off."""
     _after_import("vllm.platforms.cpu", _wrap_config_check)
