@@ -130,7 +130,14 @@ MEMBERS = {
         "request_id",
         "stop_reason",
     ],
+    "vllm.v1.engine:EngineCoreRequest": ["data_parallel_rank", "request_id", "sampling_params"],
     "vllm.v1.engine:EngineCoreOutputs": ["outputs"],
+    "vllm.config.parallel:ParallelConfig": [
+        "data_parallel_size",
+        "data_parallel_size_local",
+        "local_engines_only",
+    ],
+    "vllm.lora.request:LoRARequest": ["lora_name", "lora_path"],
     "vllm.v1.engine:FinishReason": ["ABORT", "LENGTH", "STOP"],
     "vllm.v1.engine:EngineCoreEventType": ["QUEUED"],
     "vllm.v1.engine.input_processor:InputProcessor": [
