@@ -3,7 +3,7 @@
 from vllm.config import ModelConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from constraints import ConstraintError, Vocabulary
+from constraints import ConstraintError, Vocabulary, prepare
 
 
 def model_vocabulary(model_config: ModelConfig) -> Vocabulary:
@@ -23,4 +23,8 @@ def model_vocabulary(model_config: ModelConfig) -> Vocabulary:
     found = list(dict.fromkeys(token for token in ends if token is not None))
     if not found:
         raise ConstraintError("controllers need an end-of-sequence token, and the model names none")
-    return Vocabulary.from_tokenizer(tokenizer, size=model_config.get_vocab_size(), eos_token_ids=found)
+    size = model_config.get_vocab_size()
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, size=size, eos_token_ids=found)
+    # While the engine starts, so that the first request does not wait for it.
+    prepare(vocabulary)
+    return vocabulary
