@@ -9,11 +9,12 @@ BENCHMARKS := host_step mask_kernel growth sandbox script_steps fork overhead th
 BENCHMARKS_OF_PARTS := main_job masks agents recursive neighbours
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-full clean
+.PHONY: help setup demo test test-full lint format bench bench-full clean
 
 help:
 	@echo "make demo    run a controller script in a real vLLM server on this machine"
-	@echo "make test    lint, type check, and run every test"
+	@echo "make test    lint, type check, and run the tests"
+	@echo "make test-full  every test in every engine regime (an hour)"
 	@echo "make bench   run every benchmark, small; tables, JSON and plots go to build/benchmarks"
 	@echo "make bench-full  those of speed again, longer and with more cases (hours)"
 	@echo "make lint    ruff and mypy only"
@@ -28,6 +29,9 @@ demo: setup
 
 test: lint
 	$(VENV) -m pytest
+
+test-full: lint
+	$(VENV) -m pytest -m ""
 
 lint: setup
 	$(VENV) -m ruff check .

@@ -34,6 +34,21 @@ ENVIRONMENT = {
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 
+BETWEEN = {"v1-async", "v2-sync"}
+"""Regimes with one of the two differences between the simplest regime and that of a GPU."""
+IN_EVERY_REGIME = "test_random_scripts_are_greedy_exact[{}-random]"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the regimes in between to `make test-full`, but for random scripts on the random model."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        regimes = [value.name for value in params.values() if isinstance(value, Regime)]
+        if BETWEEN.intersection(regimes) and item.name != IN_EVERY_REGIME.format(*regimes):
+            item.add_marker("exhaustive")
+
+
 class Engines:
     """`engine(regime, model="embedded", **engine_args)` gives a running `LLM` in a process of its own.
 

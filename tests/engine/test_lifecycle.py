@@ -14,7 +14,14 @@ from tests.engine.conftest import Engines
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.regimes import REGIMES, Regime
 
-BOTH_RUNNERS = pytest.mark.parametrize("chosen", [REGIMES[0], REGIMES[3]], ids=lambda chosen: chosen.name)
+
+def exhaustive(regime: Regime) -> Any:
+    return pytest.param(regime, marks=pytest.mark.exhaustive)
+
+
+BOTH_RUNNERS = pytest.mark.parametrize(
+    "chosen", [REGIMES[0], exhaustive(REGIMES[3])], ids=lambda chosen: chosen.name
+)
 FEW = {"max_model_len": 1024, "num_gpu_blocks_override": 12, "max_num_seqs": 16}
 """The engine of `test_small_cache`."""
 PLAIN = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
@@ -97,7 +104,10 @@ def steps(llm: LLM, count: int) -> dict[int, Any]:
     return outputs
 
 
-@pytest.fixture(scope="module", params=[REGIMES[0], REGIMES[1], REGIMES[3]], ids=lambda chosen: chosen.name)
+CHOSEN = [REGIMES[0], exhaustive(REGIMES[1]), exhaustive(REGIMES[3])]
+
+
+@pytest.fixture(scope="module", params=CHOSEN, ids=lambda chosen: chosen.name)
 def chosen(request: pytest.FixtureRequest) -> Regime:
     regime: Regime = request.param
     return regime

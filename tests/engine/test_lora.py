@@ -26,7 +26,8 @@ LONG = " one two three four five six seven eight nine ten" * 30
 WORDS = list(range(259, TOKENS))
 """Tokens with text of their own."""
 
-BOTH_RUNNERS = pytest.mark.parametrize("chosen", [REGIMES[0], REGIMES[3]], ids=lambda chosen: chosen.name)
+V1_SYNC = pytest.param(REGIMES[0], marks=pytest.mark.exhaustive)
+BOTH_RUNNERS = pytest.mark.parametrize("chosen", [V1_SYNC, REGIMES[3]], ids=lambda chosen: chosen.name)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,9 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(
+    "name", ["n-gram", "draft model", pytest.param("EAGLE", marks=pytest.mark.exhaustive)]
+)
 def test_random_scripts_are_greedy_exact_with_drafts(
     engine: Engines, name: str, random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
