@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 import aici_vllm
 from aici_vllm import aici
 from tests.engine.conftest import Engines
+from tests.engine.random_model import TOKENS
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.regimes import REGIMES, Regime
 
@@ -144,6 +145,41 @@ def test_resetting_the_cache_under_running_requests_changes_no_token(llm: LLM) -
     outputs |= finish(llm)
     assert {i: tokens(output) for i, output in outputs.items()} == expected
     assert llm.reset_prefix_cache(), "blocks are still in use"
+
+
+def turn_around(worker: Any) -> None:
+    """Have the model say what it thought least likely; twice, and it is as before."""
+    worker.get_model().model.norm.weight.data.neg_()
+
+
+async def write_much() -> None:
+    await aici.FixedTokens(" so")
+    await aici.gen_tokens(max_tokens=300)
+
+
+def test_weights_updated_in_a_pause_hold_from_there(llm: LLM) -> None:
+    request = aici_vllm.request_params(write_much)
+    begin(llm, [request])
+    (old,) = tokens(finish(llm)[0])
+    begin(llm, [request])
+    outputs = steps(llm, 3)
+    utility(llm, "pause_scheduler", "keep", True)
+    llm.collective_rpc(turn_around)
+    utility(llm, "resume_scheduler")
+    outputs |= finish(llm)
+    try:
+        (found,) = tokens(outputs[0])
+        before = next(at for at, pair in enumerate(zip(found, old, strict=True)) if pair[0] != pair[1])
+        text = {"prompt_token_ids": outputs[0].prompt_token_ids + found[:before]}
+        # What a script may write: no special token, and no row of the output that is no token.
+        plain = SamplingParams(temperature=0.0, max_tokens=len(found) - before)
+        plain.allowed_token_ids = list(range(3, TOKENS))
+        (fresh,) = llm.generate([text], plain, use_tqdm=False)
+        assert 1 < before < len(found)
+        assert list(fresh.outputs[0].token_ids) == found[before:]
+    finally:
+        llm.collective_rpc(turn_around)
+        assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
 def test_aborts_at_any_instant_free_everything_and_harm_nobody(llm: LLM) -> None:
