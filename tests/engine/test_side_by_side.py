@@ -40,7 +40,10 @@ def choices(output: Any) -> list[Any]:
     return [(choice.text, choice.token_ids, choice.finish_reason) for choice in output.outputs]
 
 
-@pytest.mark.parametrize("chosen", [REGIMES[0], REGIMES[3]], ids=lambda chosen: chosen.name)
+V2_ASYNC = pytest.param(REGIMES[3], marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("chosen", [REGIMES[0], V2_ASYNC], ids=lambda chosen: chosen.name)
 def test_plain_requests_do_not_notice_controllers(engine: Engines, chosen: Regime) -> None:
     plain = plain_requests()
     unmodified = engine(chosen, "random")

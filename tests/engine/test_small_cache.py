@@ -14,7 +14,10 @@ from tests.engine.regimes import REGIMES, Regime
 SMALL = {"max_model_len": 1024, "num_gpu_blocks_override": 12, "max_num_seqs": 16}
 
 
-@pytest.mark.parametrize("chosen", [REGIMES[0], REGIMES[3]], ids=lambda chosen: chosen.name)
+V1_SYNC = pytest.param(REGIMES[0], marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("chosen", [V1_SYNC, REGIMES[3]], ids=lambda chosen: chosen.name)
 def test_scripts_end_the_same_when_blocks_are_short(engine: Engines, chosen: Regime) -> None:
     programs = [json.dumps(random_program(random.Random(seed))) for seed in range(100, 124)]
     roomy = engine(chosen, "random", **aici_vllm.engine_args())

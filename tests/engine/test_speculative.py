@@ -24,9 +24,10 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["n-gram", "draft model", pytest.param("EAGLE", marks=pytest.mark.exhaustive)]
-)
+EXHAUSTIVE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("n-gram", "EAGLE")]
+
+
+@pytest.mark.parametrize("name", ["draft model", *EXHAUSTIVE])
 def test_random_scripts_are_greedy_exact_with_drafts(
     engine: Engines, name: str, random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
