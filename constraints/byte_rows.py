@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from codecs import utf_8_decode
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from constraints.token_set import Row, freeze, pack
-from constraints.vocabulary import Vocabulary
+from constraints.vocabulary import Vocabulary, once_per_vocabulary
 
 Span = tuple[int, int]
 """The first and the last of some bytes in a row."""
@@ -110,12 +109,5 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-_made: WeakKeyDictionary[Vocabulary, ByteRows] = WeakKeyDictionary()
-
-
-def byte_rows_of(vocabulary: Vocabulary) -> ByteRows:
-    """The rows of `vocabulary`, made once."""
-    known = _made.get(vocabulary)
-    if known is None:
-        known = _made[vocabulary] = ByteRows(vocabulary)
-    return known
+byte_rows_of = once_per_vocabulary(ByteRows)
+"""The rows of a vocabulary, made once."""

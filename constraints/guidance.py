@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -19,7 +18,7 @@ from constraints.machine import MAX_STEPS, compiled
 from constraints.masks import masks, owners
 from constraints.place import Place, Places
 from constraints.token_set import Row, TokenSet, freeze
-from constraints.vocabulary import Vocabulary
+from constraints.vocabulary import Vocabulary, once_per_vocabulary
 
 SPECIAL = b"\xff"
 """llguidance marks the spelling of a special token with this byte, which no UTF-8 text contains."""
@@ -31,8 +30,6 @@ OWN_LINES = re.compile(r"^ +\d+ \| (%llguidance.*)?\n?$", re.MULTILINE)
 """Lines of an error that show what was added to the user's grammar."""
 
 NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias", "EndOfSentence")
-
-_tokenizers: WeakKeyDictionary[Vocabulary, LLTokenizer] = WeakKeyDictionary()
 
 
 class _Words:
@@ -52,14 +49,11 @@ class _Words:
         return []
 
 
+@once_per_vocabulary
 def tokenizer_of(vocabulary: Vocabulary) -> LLTokenizer:
     """llguidance's tokenizer for `vocabulary`, built once."""
-    known = _tokenizers.get(vocabulary)
-    if known is None:
-        words = _Words(vocabulary)
-        known = LLTokenizer(TokenizerWrapper(words), n_vocab=len(words.tokens))
-        _tokenizers[vocabulary] = known
-    return known
+    words = _Words(vocabulary)
+    return LLTokenizer(TokenizerWrapper(words), n_vocab=len(words.tokens))
 
 
 def matcher(vocabulary: Vocabulary, grammar: str) -> LLMatcher:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from constraints.vocabulary import Vocabulary
+from constraints.vocabulary import Vocabulary, once_per_vocabulary
 
 Ints = NDArray[np.int32]
 DEAD = -1
@@ -132,12 +131,5 @@ def _levels(spellings: list[bytes], ids: Ints) -> list[Level]:
     return levels
 
 
-_tries: WeakKeyDictionary[Vocabulary, TokenTrie] = WeakKeyDictionary()
-
-
-def trie_of(vocabulary: Vocabulary) -> TokenTrie:
-    """The tree of `vocabulary`, built once."""
-    known = _tries.get(vocabulary)
-    if known is None:
-        known = _tries[vocabulary] = TokenTrie(vocabulary)
-    return known
+trie_of = once_per_vocabulary(TokenTrie)
+"""The tree of a vocabulary, built once."""

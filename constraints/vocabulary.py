@@ -7,11 +7,11 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,6 +25,8 @@ FORMAT = b"vocabulary 1"
 
 MAX_BEYOND = 4096
 """Texts whose longer tokens a vocabulary remembers."""
+
+Made = TypeVar("Made")
 
 Beyond = tuple[list[int], list[tuple[int, ...]]]
 """Two tokens that write a text and a byte, [] for none; and the ids of all tokens that begin with both."""
@@ -299,6 +301,20 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         return f"Vocabulary({self.size} tokens, {self.key[:12]})"
+
+
+def once_per_vocabulary(make: Callable[[Vocabulary], Made]) -> Callable[[Vocabulary], Made]:
+    """`make`, which keeps what it made of a vocabulary as long as the vocabulary lives."""
+    made: WeakKeyDictionary[Vocabulary, Made] = WeakKeyDictionary()
+
+    @wraps(make, updated=())
+    def find(vocabulary: Vocabulary) -> Made:
+        known = made.get(vocabulary)
+        if known is None:
+            known = made[vocabulary] = make(vocabulary)
+        return known
+
+    return find
 
 
 def _incomplete_tail(text: bytes) -> bytes:
