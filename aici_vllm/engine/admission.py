@@ -139,7 +139,7 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> tuple[Any, Any]:
     return _fill_empty(vllm_config, prompt), params
 
 
-def place(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+def choose_engine(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     """Keep what one engine must have together in one, where data parallelism has several.
 
     vLLM sends each choice of a request to an engine of its own.

@@ -62,12 +62,14 @@ def _replace_once(owner: Any, name: str, replace: Callable[[Callable[..., Any]],
 
 Admit = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(vllm_config, prompt, sampling_params) -> prompt and parameters to use; raises ValueError to refuse."""
-Place = Callable[[Any, Any], None]
+ChooseEngine = Callable[[Any, Any], None]
 """(vllm_config, the engine's request): may set its `data_parallel_rank`; raises ValueError to refuse."""
 
 
-def admit_requests_with(admit: Admit, place: Place) -> None:
-    """Have `admit` see every request in the front-end, before vLLM validates it, and `place` what it becomes.
+def admit_requests_with(admit: Admit, choose_engine: ChooseEngine) -> None:
+    """Have `admit` see every request in the front-end, before vLLM validates it.
+
+    `choose_engine` sees what vLLM makes of it.
 
     vLLM's own hook, `LogitsProcessor.validate_params`, is told neither the configuration nor the
     prompt, so it can neither notice missing flags nor fill an empty prompt.
@@ -82,7 +84,7 @@ def admit_requests_with(admit: Admit, place: Place) -> None:
             try:
                 prompt, params = admit(self.vllm_config, prompt, params)
                 request = original(self, request_id, prompt, params, *args, **kwargs)
-                place(self.vllm_config, request)
+                choose_engine(self.vllm_config, request)
             except VLLMValidationError:
                 raise
             except ValueError as error:

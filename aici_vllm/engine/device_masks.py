@@ -21,7 +21,7 @@ class DeviceMasks:
     def __init__(self, device: torch.device, capacity: int, words: int, max_requests: int, width: int = 1):
         self.table = torch.empty((capacity, words), dtype=torch.int32, device=device)
         self._slots = torch.empty(max_requests * width, dtype=torch.int32, device=device)
-        self._places = torch.empty((max_requests, width), dtype=torch.int32, device=device)
+        self._by_position = torch.empty((max_requests, width), dtype=torch.int32, device=device)
         self._has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
     def write(self, slots: list[int], rows: np.ndarray) -> None:
@@ -55,19 +55,19 @@ class DeviceMasks:
                 self._sent(torch.from_numpy(slots[rows])),
             )
 
-    def apply_by_place(
-        self, logits: torch.Tensor, slots: np.ndarray, requests: torch.Tensor, places: torch.Tensor
+    def apply_by_position(
+        self, logits: torch.Tensor, slots: np.ndarray, requests: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """As `apply`, where row i is that of place `places[i]` of request `requests[i]`.
+        """As `apply`, where row i belongs to request `requests[i]`, behind `positions[i]` of its drafts.
 
         Args:
             logits: [rows, tokens], of any float type.
             slots: int32[max_requests, width]; NO_MASK leaves the row alone.
-            requests, places: integers[rows], on the device.
+            requests, positions: integers[rows], on the device.
         """
-        self._places.copy_(self._pinned(torch.from_numpy(slots)), non_blocking=True)
+        self._by_position.copy_(self._pinned(torch.from_numpy(slots)), non_blocking=True)
         on_device = self._slots[: len(logits)]
-        on_device.copy_(self._places[requests.long(), places.long()])
+        on_device.copy_(self._by_position[requests.long(), positions.long()])
         if self._has_kernel and logits.stride(1) == 1:
             from aici_vllm.engine.mask_kernel import apply_masks
 

@@ -92,4 +92,4 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
         assert self._masks is not None and self._slots is not None and ctx is not None
         slots = self._slots.take(self._lanes, axis=0, mode="clip")
         if (slots[ctx.idx_mapping_np] != NO_MASK).any():
-            self._masks.apply_by_place(logits, slots, ctx.expanded_idx_mapping, ctx.expanded_local_pos)
+            self._masks.apply_by_position(logits, slots, ctx.expanded_idx_mapping, ctx.expanded_local_pos)

@@ -170,8 +170,8 @@ class MaskTable:
                 slots[lane * width] = stands[lane] = self._find(sampling, new_slots, new_rows)
                 masked += 1
         for lane, samplings in (ahead or {}).items():
-            for place, sampling in enumerate(samplings, lane * width + 1):
-                slots[place] = self._find(sampling, new_slots, new_rows)
+            for at, sampling in enumerate(samplings, lane * width + 1):
+                slots[at] = self._find(sampling, new_slots, new_rows)
                 masked += 1
         self.built += len(new_slots)
         self.reused += masked - len(new_slots)

@@ -15,9 +15,15 @@ def register() -> None:
     except compat.UnsupportedVLLM:
         return
     if compat.is_supported(found):
-        from aici_vllm.engine.admission import CONTROLLER, admit, check_arguments, is_controlled, place
+        from aici_vllm.engine.admission import (
+            CONTROLLER,
+            admit,
+            check_arguments,
+            choose_engine,
+            is_controlled,
+        )
 
-        compat.admit_requests_with(admit, place)
+        compat.admit_requests_with(admit, choose_engine)
         compat.check_openai_requests_with(check_arguments)
         compat.leave_stops_to_engine(is_controlled)
         compat.allow_empty_prompts(lambda body: CONTROLLER in (body.get("vllm_xargs") or {}))

@@ -9,7 +9,7 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from aici_vllm.controller.errors import BadRequestError
-from aici_vllm.engine.admission import place
+from aici_vllm.engine.admission import choose_engine
 
 
 def placed(
@@ -21,7 +21,7 @@ def placed(
     )
     params = SamplingParams(extra_args=extra, **more)
     request = SimpleNamespace(request_id=name, sampling_params=params, data_parallel_rank=rank)
-    place(SimpleNamespace(parallel_config=parallel), request)  # type: ignore[arg-type]
+    choose_engine(SimpleNamespace(parallel_config=parallel), request)  # type: ignore[arg-type]
     return request.data_parallel_rank
 
 
