@@ -1,8 +1,6 @@
 """Every token that a branch ends with is the model's greedy choice from the same prefix."""
 
-import json
-import random
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 
 import aici_vllm
 from tests.engine.conftest import Engines
-from tests.engine.random_scripts import controller, random_program
+from tests.engine.exact_scripts import run_exactly
 from tests.engine.reference import Reference, compare_with_best
 from tests.engine.regimes import Regime
 
@@ -39,17 +37,6 @@ def test_random_scripts_are_greedy_exact(
     engine: Engines, regime: Regime, model: str, references: Any
 ) -> None:
     llm = engine(regime, model, **aici_vllm.engine_args())
-    reference = references(model)
-    programs = [random_program(random.Random(seed)) for seed in SEEDS[model]]
-    params = [aici_vllm.request_params(controller, json.dumps(program)) for program in programs]
-    outputs = llm.generate(["Hello there"] * len(params), params, use_tqdm=False)
-    compared = 0
-    for program, output in zip(programs, outputs, strict=True):
-        result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
-        for branch in result.branches:
-            assert branch.error is None, (program, branch.error, branch.logs)
-            compared += check_branch(reference, model, output.prompt_token_ids, branch)
-        used = result.usage
-        assert used.forward_passes == used.sampled_tokens, (program, used)
-    assert compared > 100
-    assert llm.reset_prefix_cache(), "blocks are still in use"
+    compare = partial(check_branch, references(model), model)
+    for usage in run_exactly(llm, SEEDS[model], compare):
+        assert usage.forward_passes == usage.sampled_tokens, usage

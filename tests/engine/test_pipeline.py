@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 import aici_vllm
 from tests.engine.conftest import Engines
-from tests.engine.random_scripts import controller, random_program
+from tests.engine.exact_scripts import run_exactly
 from tests.engine.reference import Reference, compare_with_best
 from tests.engine.regimes import REGIMES
 
@@ -25,16 +24,5 @@ def test_random_scripts_are_greedy_exact_in_a_pipeline(
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     stages: dict[str, Any] = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
     llm = engine(V2_ASYNC, "random", max_num_seqs=32, **stages, **aici_vllm.engine_args())
-    reference = Reference(random_folder)
-    programs = [random_program(random.Random(seed)) for seed in range(400, 416)]
-    params = [aici_vllm.request_params(controller, json.dumps(program)) for program in programs]
-    outputs = llm.generate(["Hello there"] * len(params), params, use_tqdm=False)
-    compared = 0
-    for program, output in zip(programs, outputs, strict=True):
-        result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
-        for branch in result.branches:
-            assert branch.error is None, (program, branch.error, branch.logs)
-            compared += compare_with_best(reference, output.prompt_token_ids, branch)
-        assert result.usage.forward_passes == result.usage.sampled_tokens, (program, result.usage)
-    assert compared > 100
-    assert llm.reset_prefix_cache(), "blocks are still in use"
+    for usage in run_exactly(llm, range(400, 416), partial(compare_with_best, Reference(random_folder))):
+        assert usage.forward_passes == usage.sampled_tokens, usage

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 
 import aici_vllm
 from tests.engine.conftest import Engines
+from tests.engine.exact_scripts import run_exactly
 from tests.engine.random_model import random_eagle
-from tests.engine.random_scripts import controller, random_program
 from tests.engine.reference import Reference, compare_with_best
 from tests.engine.regimes import REGIMES
 
@@ -42,19 +41,7 @@ def test_random_scripts_are_greedy_exact_with_drafts(
     elif drafter["method"] == "eagle":
         drafter["model"] = str(random_eagle(tmp_path))
     llm = engine(regime, "random", speculative_config=drafter, **aici_vllm.engine_args())
-    reference = Reference(random_folder)
-    programs = [random_program(random.Random(seed)) for seed in SEEDS]
-    params = [aici_vllm.request_params(controller, json.dumps(program)) for program in programs]
-    outputs = llm.generate(["Hello there"] * len(params), params, use_tqdm=False)
-    compared = passes = sampled = 0
-    for program, output in zip(programs, outputs, strict=True):
-        result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
-        for branch in result.branches:
-            assert branch.error is None, (program, branch.error, branch.logs)
-            compared += compare_with_best(reference, output.prompt_token_ids, branch)
-        passes += result.usage.forward_passes
-        sampled += result.usage.sampled_tokens
-    assert compared > 100
+    usages = run_exactly(llm, SEEDS, partial(compare_with_best, Reference(random_folder)))
+    passes, sampled = sum(u.forward_passes for u in usages), sum(u.sampled_tokens for u in usages)
     # Random weights guess nothing: hardly any draft of EAGLE's is accepted.
     assert passes < sampled or name == "EAGLE"
-    assert llm.reset_prefix_cache(), "blocks are still in use"
