@@ -1,6 +1,5 @@
 """The branches of one request: how they fork, wait for each other, and end."""
 
-import itertools
 from collections.abc import Callable
 
 from aici_vllm.controller.branch import Branch, Next
@@ -80,7 +79,12 @@ class Group:
         if len(self.branches) + len(decisions) - 1 > self.limits.branches_made:
             parent.fail(f"too many forks (a request may make {self.limits.branches_made} branches in all)")
             return []
-        children = [self._copy(parent) for _ in decisions[1:]]
+        room = self.limits.branches - len(self.live)
+        children: list[Branch] = []
+        for _ in decisions[1:]:
+            child = self._copy(parent, fits=room > 0)
+            room -= child.next is not Next.END
+            children.append(child)
         parent.begin_fork(0, decisions[0])
         for index, (child, decision) in enumerate(zip(children, decisions[1:], strict=True), start=1):
             if child.next is not Next.END:
@@ -128,21 +132,15 @@ class Group:
         for branch in self.live:
             branch.end("abort")
 
-    def _live_at_least(self, count: int) -> bool:
-        # Those that a fork has just failed come last; a thousand of them must not all be met each time.
-        live = (branch for branch in self.branches if branch.next is not Next.END)
-        return next(itertools.islice(live, count - 1, None), None) is not None
-
-    def _copy(self, parent: Branch) -> Branch:
+    def _copy(self, parent: Branch, fits: bool) -> Branch:
         child = Branch(self, len(self.branches), parent.sequence.copy())
         child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level
         child.awaits = parent.awaits
         child.may_take_back = parent.may_take_back
-        too_many = self._live_at_least(self.limits.branches)
         self.branches.append(child)
         assert parent.program is not None
-        if too_many:
+        if not fits:
             child.fail(f"too many forks (max={self.limits.branches})")
             return child
         try:

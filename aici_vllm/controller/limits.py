@@ -17,7 +17,7 @@ class Limits:
     """How many `step_seconds` in a row a step may overrun before the branch fails."""
     branches: int = 16
     """Branches of one request that may live at the same time."""
-    branches_made: int = 1024
+    branches_made: int = 256
     """Branches of one request over its whole life, those that have ended too."""
     checkpoints: int = 256
     """Ended branches that the engine keeps for later requests, of all requests together."""

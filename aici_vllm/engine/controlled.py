@@ -24,6 +24,7 @@ class Controlled:
     """A branch and the request that computes it.
 
     Attributes:
+        request: that of its parent for a branch that failed in its fork.
         params: sampling parameters as the client set them, before a script changes any.
         lane: where its slot stands in the masks of a step.
         choice: the output has a reader: a choice of the client's request. Other branches are only
@@ -210,6 +211,16 @@ def child_request(parent: Controlled, branch: Branch, request_id: str) -> Reques
         cache_salt=source.cache_salt,
         priority=source.priority,
     )
+
+
+def failed_fork(parent: Controlled, branch: Branch) -> Controlled:
+    """A branch that failed in its fork, as those over the limit do: it is reported, and never computed.
+
+    Nothing is made for it in the engine, so a script cannot hold a step up with a thousand of them.
+    """
+    member = Controlled(parent.request, branch, parent.group, parent.params, choice=False, finished=True)
+    member.logprobs = parent.logprobs and parent.logprobs.copy()
+    return member
 
 
 def client_stops(params: SamplingParams) -> Stops | None:

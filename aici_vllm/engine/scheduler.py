@@ -31,6 +31,7 @@ from aici_vllm.engine.controlled import (
     Controlled,
     ControlledGroup,
     child_request,
+    failed_fork,
     without_prompt_logprobs,
     worker_params,
 )
@@ -366,6 +367,10 @@ class Scheduler(AsyncScheduler):
         self.telemetry.forked(group, branch.index, [child.index for child in children])
         for child in children:
             seat = group.seats.pop(child.index, None)
+            if seat is None and child.finish_reason == "fail":
+                member = group.members[child.index] = failed_fork(parent, child)
+                self.telemetry.branch_ended(member)
+                continue
             request = seat or child_request(parent, child, f"{group.root_id}/{child.index}")
             member = self._adopt(group, child, request)
             member.choice = seat is not None

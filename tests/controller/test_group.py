@@ -144,7 +144,7 @@ def test_a_fork_beyond_all_measure_is_refused_before_it_costs_anything() -> None
         await aici.fork(10**12)
 
     engine = run(controller)
-    assert "too many forks (a request may make 1024 branches in all)" in error(engine)
+    assert "too many forks (a request may make 256 branches in all)" in error(engine)
 
 
 def test_nested_forks_have_their_own_indexes_and_share_what_came_before() -> None:

@@ -180,6 +180,27 @@ def test_a_thousand_scripts_at_once_need_a_handful_of_processes() -> None:
     engine.scheduler.shutdown()
 
 
+def test_branches_over_the_limit_are_reported_and_never_become_requests(engine: Sandboxed) -> None:
+    most = 64
+    job = engine.add_script(
+        script("await aici.FixedTokens('a')\nawait aici.fork(200)\nawait aici.FixedTokens('b')")
+    )
+    requests = 0
+
+    def count() -> None:
+        nonlocal requests
+        requests = max(requests, len(engine.scheduler.requests))
+
+    engine.run([job], count)
+    assert requests <= most
+    assert job.results is not None
+    branches = job.results["branches"]
+    assert [branch["text"] for branch in branches] == ["ab"] * most + ["a"] * (200 - most)
+    assert {branch["error"] for branch in branches[most:]} == {f"too many forks (max={most})"}
+    assert engine.scheduler.telemetry.counts.ended == {"stop": most, "fail": 200 - most}
+    engine.assert_nothing_is_left()
+
+
 def test_threads_that_answer_scripts_let_the_engine_go_first() -> None:
     usual = sys.getswitchinterval()
     sys.setswitchinterval(0.005)
