@@ -61,9 +61,10 @@ def script_fault(error: MontyRuntimeError | MontySyntaxError, source: str, limit
     """The end of a script that raised."""
     lines = source.split("\n")
     frames = [f for f in error.traceback() if f.filename == SCRIPT_FILE and f.line <= len(lines)]
-    message = _in_our_words(" ".join(error.display(format="type-msg").split("\n")), limits)
-    if len(message) > LONGEST_MESSAGE:
-        message = f"{message[:LONGEST_MESSAGE]}..."
+    message = error.display(format="type-msg")
+    # First: a million lines, taken apart and put together, hold the interpreter up for everybody else.
+    cut = "..." if len(message) > LONGEST_MESSAGE else ""
+    message = _in_our_words(message[:LONGEST_MESSAGE].replace("\n", " "), limits) + cut
     details = [f"{message}\n"]
     if frames:
         details = ["Traceback (most recent call last):\n", *_traceback(frames, lines), *details]
