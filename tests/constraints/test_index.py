@@ -7,9 +7,8 @@ from random import Random
 
 import pytest
 
-from constraints import ConstraintError, TokenSet, Vocabulary, regex
+from constraints import ConstraintError, TokenSet, Vocabulary
 from constraints.index import Builder, build, load, path_of
-from constraints.masks import masks
 from constraints.regex_constraint import RegexConstraint, RegexMachine
 from tests.constraints.test_regex_constraint import PATTERNS, VOCABULARY
 
@@ -116,11 +115,3 @@ def test_without_llguidance_the_walk_gives_the_same_masks():
         plain, walked = RegexConstraint(machine), RegexConstraint(RegexMachine(VOCABULARY, pattern))
         walked.machine.fresh = None
         assert (plain.mask_row() == walked.mask_row()).all()
-
-
-def test_caches_are_bounded_and_shared():
-    before = len(masks)
-    regex(VOCABULARY, "[ab]+c").mask_row()
-    regex(VOCABULARY, "[ab]+c").mask_row()
-    assert len(masks) <= before + 1
-    assert masks.num_bytes <= masks.max_bytes

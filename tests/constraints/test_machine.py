@@ -62,11 +62,12 @@ def test_what_is_kept_is_bounded_in_number_and_in_states():
     assert kept.get("first", lambda: Made(0)) is first
     for number in range(machine.MAX_MACHINES):
         kept.get(number, lambda: Made(0))
-    assert kept.get("first", lambda: Made(0)) is not first
+    again = kept.get("first", lambda: Made(0))
+    assert again is not first
     large = machine.MAX_STATES
     for number in range(10 * machine.COUNTED_EVERY):
         kept.get(("large", number), lambda: Made(large))
     assert kept.num_states() <= machine.MAX_ALL_STATES + machine.COUNTED_EVERY * large
-    assert kept.get("first", lambda: Made(0)) is not first
+    assert kept.get("first", lambda: Made(0)) is not again
     worn = kept.get("worn", lambda: Made(large + 1))
     assert kept.get("worn", lambda: Made(1)) is not worn

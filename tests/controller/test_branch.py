@@ -71,7 +71,7 @@ def test_fixed_text_alone_takes_no_forward_pass() -> None:
     assert engine.steps == 0 and reasons(engine) == ["stop"] and root_text(engine) == "ab"
 
 
-def test_fixed_text_may_be_bytes_or_hold_special_tokens_and_is_logged() -> None:
+def test_fixed_text_may_be_bytes_and_is_logged() -> None:
     async def controller() -> None:
         await aici.FixedTokens(b"\xff")
         aici.log_level = 0
@@ -176,8 +176,13 @@ def test_the_ends_of_a_branch() -> None:
 
 
 def test_the_first_end_stands_and_closes_the_program() -> None:
+    closed = []
+
     async def controller() -> None:
-        await aici.gen_tokens()
+        try:
+            await aici.gen_tokens()
+        finally:
+            closed.append(True)
 
     engine = engine_of(controller)
     root = engine.group.root
@@ -185,6 +190,7 @@ def test_the_first_end_stands_and_closes_the_program() -> None:
     root.fail("later")
     root.end("stop")
     assert (root.finish_reason, root.error, root.next) == ("abort", None, Next.END)
+    assert closed == [True]
 
 
 def test_a_next_token_that_yields_itself_is_refused_in_the_script() -> None:

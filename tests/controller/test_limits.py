@@ -19,6 +19,12 @@ def test_the_defaults_are_upstreams() -> None:
     assert Limits.from_config({}) == limits
 
 
+def test_what_upstream_leaves_open_is_bounded_too() -> None:
+    limits = Limits()
+    assert limits.branches_made == limits.branches**2
+    assert limits.checkpoints == 256
+
+
 def test_an_operator_sets_any_of_them() -> None:
     config = {field.name: 3 for field in dataclasses.fields(Limits)} | {"step_seconds": 0.5}
     assert dataclasses.asdict(Limits.from_config(config)) == config

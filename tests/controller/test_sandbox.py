@@ -524,7 +524,6 @@ def test_closed_pool_ends_what_waits() -> None:
         group.poll()
         assert group.root.finish_reason == "fail"
     with pytest.raises(RuntimeError, match="the sandbox pool is closed"):
-        groups[0].start(lambda branch: pool.program(SPINS, branch))
         pool.program(SPINS, groups[1].root).resume()
 
 

@@ -107,7 +107,9 @@ def test_holding_up_ends_with_the_last_turn_awaited(pool: SandboxPool) -> None:
 
 def test_holding_up_ends_when_the_script_is_closed(pool: SandboxPool) -> None:
     group = computing(pool)
-    timer = threading.Timer(0.05, group.abort)
-    timer.start()
-    assert pool.hold_up(1000)
-    timer.join()
+    held = threading.Thread(target=pool.hold_up, args=[1000], daemon=True)
+    held.start()
+    until(lambda: pool._held_up_since is not None, pool)
+    group.abort()
+    held.join(20)
+    assert not held.is_alive()

@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from aici_vllm.controller.limits import Limits
 from aici_vllm.server import routes
 from aici_vllm.server.catalog import Catalog
-from aici_vllm.server.errors import ServiceError, bad_request
+from aici_vllm.server.errors import UnknownControllerError, bad_request
 from aici_vllm.server.protocol import RunRequest
 from aici_vllm.server.runs import Rendered
 from aici_vllm.server.settings import ServerSettings
@@ -93,7 +93,7 @@ class FakeFront:
         else:
             try:
                 source = self.catalog.source_of(name)
-            except ServiceError as error:
+            except UnknownControllerError as error:
                 raise bad_request(error.message) from None
             if source is not None:
                 params.extra_args["controller"] = source

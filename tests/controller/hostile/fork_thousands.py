@@ -1,4 +1,4 @@
-# error: arguments of one call|too many forks|may become|may compute
+# error: too many forks \(a request may make 256 branches in all\)
 import aici
 
 
