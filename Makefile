@@ -5,8 +5,8 @@
 PYTHON ?= python3
 VLLM ?= cpu
 VENV := .venv/bin/python
-BENCHMARKS := host_step mask_kernel growth sandbox script_steps fork overhead throughput
-BENCHMARKS_OF_PARTS := main_job masks agents recursive neighbours
+BENCHMARKS := main_job host_step masks mask_kernel growth sandbox script_steps fork agents recursive \
+  overhead throughput neighbours
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full lint format bench bench-full clean
@@ -15,8 +15,8 @@ help:
 	@echo "make demo    run a controller script in a real vLLM server on this machine"
 	@echo "make test    lint, type check, and run the tests"
 	@echo "make test-full  every test in every engine regime (an hour)"
-	@echo "make bench   run every benchmark, small; tables, JSON and plots go to build/benchmarks"
-	@echo "make bench-full  those of speed again, longer and with more cases (hours)"
+	@echo "make bench   run the benchmarks, small; tables, JSON and plots go to build/benchmarks"
+	@echo "make bench-full  the same, longer and with more cases (hours)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the layout of the code"
 	@echo "make clean   remove .venv and caches (the embedded model stays)"
@@ -43,7 +43,7 @@ format: setup
 	$(VENV) -m ruff format .
 
 bench: setup
-	@set -e; for name in $(BENCHMARKS) $(BENCHMARKS_OF_PARTS); do \
+	@set -e; for name in $(BENCHMARKS); do \
 	  echo "== benchmarks/$$name.py"; $(VENV) benchmarks/$$name.py; \
 	done
 

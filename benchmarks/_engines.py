@@ -35,8 +35,13 @@ def engine(plugin: bool, **args: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def server(*options: str) -> Iterator[str]:
-    """The URL of a server with the plugin; `options` are those of `vllm serve`."""
+def server(*options: str, **variables: str) -> Iterator[str]:
+    """The URL of a server with the plugin.
+
+    Args:
+        options: of `vllm serve`.
+        variables: of its environment.
+    """
     from demo import wait_until_ready
 
     with socket.socket() as probe:
@@ -47,7 +52,11 @@ def server(*options: str) -> Iterator[str]:
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"aici-benchmark-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *fixed, *options], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, *fixed, *options],
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)

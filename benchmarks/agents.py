@@ -6,30 +6,23 @@ with `n` per round; branches; and branches whose condition is checked while they
 are greedy, for which vLLM takes no `n`. The prefix cache holds whole blocks, so their size matters: a CPU's
 default is 128 tokens, GPUs mostly have 16.
 
-    python benchmarks/agents.py [--rounds 2] [--samples 4] [--retries 2] [--block-size N] [--json FILE]
+    python benchmarks/agents.py [--full] [--rounds N] [--samples 4] [--retries 2] [--block-size N]
+        [--out FOLDER]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from _reporting import Bars, Report, arguments, median
 
 # Counting happens in the engine's workers, and functions travel there only with this.
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 REPLY_TOKENS = 16
 QUESTION = """You are checking the notes of a weather station. The notes of the last days are:
@@ -67,29 +60,27 @@ class Cost:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="times every way is measured")
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, help="times every way is measured")
     parser.add_argument("--samples", type=int, default=4, help="samples in a round")
     parser.add_argument("--retries", type=int, default=2)
     parser.add_argument("--block-size", type=int, help="tokens in a block of KV; by default vLLM's choice")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    console = Console()
-    console.width = max(console.width, 110)
-    llm = engine(arguments.block_size)
+    options = parser.parse_args()
+    rounds = options.rounds or (10 if options.full else 2)
+    llm = engine(options.block_size)
     ways = ways_of(llm)
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     trees = {}
     for way in ways.values():
-        measure(llm, way, arguments.samples, retries=0)
-    for _ in range(arguments.rounds):
+        measure(llm, way, options.samples, retries=0)
+    for _ in range(rounds):
         for name, way in ways.items():
-            cost, trees[name] = measure(llm, way, arguments.samples, arguments.retries)
+            cost, trees[name] = measure(llm, way, options.samples, options.retries)
             costs[name].append(cost)
-    show(console, costs, trees)
-    if arguments.json:
-        rows = {name: [asdict(cost) for cost in found] for name, found in costs.items()}
-        arguments.json.write_text(json.dumps({"machine": machine(), "rounds": rows}, indent=2))
+    report = reported(costs, trees, rounds)
+    report.show()
+    groups = [(row[0], (row[4],)) for row in report.rows]
+    report.write(options.out, Bars(("prefilled tokens",), groups, "tokens"))
     return 0
 
 
@@ -200,39 +191,23 @@ def stop_counting(worker: Any) -> list[int]:
     return counted
 
 
-def show(console: Console, costs: dict[str, list[Cost]], trees: dict[str, list[Any]]) -> None:
+def reported(costs: dict[str, list[Cost]], trees: dict[str, list[Any]], rounds: int) -> Report:
     """Medians side by side, and whether the searches agree."""
-    measured = len(next(iter(costs.values())))
-    table = Table(title=f"medians of {measured} searches on {machine()}")
     columns = ("samples", "rounds", "steps", "prefilled tokens", "sampled tokens", "seconds")
-    for heading in ("", *columns):
-        table.add_column(heading, justify="right" if heading else "left")
+    report = Report("agents", f"searches with retries, medians of {rounds}", ("way", *columns))
     for name, found in costs.items():
-        medians = [
-            statistics.median(getattr(cost, column.replace(" ", "_")) for cost in found) for column in columns
-        ]
-        table.add_row(name, *(f"{value:g}" for value in medians[:-1]), f"{medians[-1]:.2f}")
-    console.print(table)
+        fields = [column.replace(" ", "_") for column in columns]
+        report.rows.append([name, *(median([getattr(cost, field) for cost in found]) for field in fields)])
     told = {cost.as_told for found in costs.values() for cost in found} - {None}
-    console.print("computed tokens, told and counted:", "equal" if told == {True} else "different")
-    same = trees["one request per sample"] == trees["branches"]
-    console.print("replies per sample and in branches:", "equal" if same else "different")
     shapes = [[row[:3] for row in tree] for tree in trees.values()]
-    same = shapes.count(shapes[0]) == len(shapes)
-    console.print("trees and checks of all ways:", "equal" if same else "different")
-
-
-def machine() -> str:
-    """Processor, cores and Python."""
-    names = [line for line in cpu_lines() if line.startswith("model name")]
-    name = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
-def cpu_lines() -> list[str]:
-    """What the kernel says of the processors; nothing where it does not."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    for what, equal in {
+        "computed tokens, told and counted": told == {True},
+        "replies per sample and in branches": trees["one request per sample"] == trees["branches"],
+        "trees and checks of all ways": shapes.count(shapes[0]) == len(shapes),
+    }.items():
+        report.notes.append(f"{what}: {'equal' if equal else 'different'}")
+    report.details = {"rounds": {name: [asdict(cost) for cost in found] for name, found in costs.items()}}
+    return report
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 """The README's script in one request, against the same text from separate OpenAI calls to the same server.
 
-Prints forward passes, wall time and tokens of both, alternating, and writes them as JSON. The calls use
-vLLM's own structured outputs and prefix caching.
+Forward passes, wall time and tokens of both, in turn. The calls use vLLM's own structured outputs and prefix
+caching.
 
-    python benchmarks/main_job.py [--rounds 10] [--json FILE]
+    python benchmarks/main_job.py [--full] [--rounds N] [--out FOLDER]
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from _reporting import Bars, Report, arguments, median
 from openai import OpenAI
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -50,24 +47,22 @@ class Cost:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    console = Console()
-    with server(console) as base_url:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int)
+    options = parser.parse_args()
+    rounds = options.rounds or (50 if options.full else 10)
+    with server(Console()) as base_url:
         client = OpenAI(base_url=base_url, api_key="none")
         ways: dict[str, Callable[[OpenAI], Cost]] = {"one script": by_script, "separate calls": by_calls}
         for way in ways.values():
             way(client)
         costs: dict[str, list[Cost]] = {name: [] for name in ways}
-        for _ in range(arguments.rounds):
+        for _ in range(rounds):
             for name, way in ways.items():
                 costs[name].append(measure(way, client))
-    show(console, costs)
-    if arguments.json:
-        rows = {name: [asdict(cost) for cost in found] for name, found in costs.items()}
-        arguments.json.write_text(json.dumps({"machine": machine(), "rounds": rows}, indent=2))
+    report = reported(costs, rounds)
+    report.show()
+    report.write(options.out, Bars(("seconds",), [(row[0], (row[4],)) for row in report.rows], "s"))
     return 0
 
 
@@ -121,27 +116,18 @@ def measure(way: Callable[[OpenAI], Cost], client: OpenAI) -> Cost:
     return cost
 
 
-def show(console: Console, costs: dict[str, list[Cost]]) -> None:
+def reported(costs: dict[str, list[Cost]], rounds: int) -> Report:
     """Medians side by side, and whether the texts agree."""
-    table = Table(title=f"medians of {len(costs['one script'])} rounds on {machine()}")
-    for heading in ("", "calls", "forward passes", "tokens processed", "seconds"):
-        table.add_column(heading, justify="right" if heading else "left")
+    columns = ("way", "calls", "forward passes", "tokens processed", "seconds")
+    report = Report("main_job", f"the README's script, medians of {rounds} rounds", columns)
+    fields = ("calls", "forward_passes", "processed_tokens", "seconds")
     for name, found in costs.items():
-        fields = ("calls", "forward_passes", "processed_tokens")
-        medians = [statistics.median([getattr(cost, field) for cost in found]) for field in fields]
-        seconds = statistics.median([cost.seconds for cost in found])
-        table.add_row(name, *(f"{value:g}" for value in medians), f"{seconds:.3f}")
-    console.print(table)
+        report.rows.append([name, *(median([getattr(cost, field) for cost in found]) for field in fields)])
     texts = {name: found[0].text for name, found in costs.items()}
-    if len(set(texts.values())) == 1:
-        console.print("both wrote the same text")
-    else:
-        console.print(f"the texts differ: {texts}")
-
-
-def machine() -> str:
-    """Processor and its number of cores."""
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    same = len(set(texts.values())) == 1
+    report.notes.append("both wrote the same text" if same else f"the texts differ: {texts}")
+    report.details = {"rounds": {name: [asdict(cost) for cost in found] for name, found in costs.items()}}
+    return report
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time to first mask and time per mask of this library and of its peers, in one run on one thread.
 
     python benchmarks/masks.py                 one minute: 49,152 tokens, 100 sequences a source
-    python benchmarks/masks.py --long          32,768, 49,152 and 131,072 tokens, 1,000 sequences a source:
+    python benchmarks/masks.py --full          32,768, 49,152 and 131,072 tokens, 1,000 sequences a source:
                                                fifteen minutes
 
 Every engine masks the same token sequences, some at a time and in turn, so that what else the machine does
@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from typing import Any
 import mistral_common
 import numpy as np
 from _mask_engines import ENGINES, Engine, Sequences, Source
-from _reporting import DEFAULT_FOLDER
+from _reporting import arguments, machine
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from constraints import ConstraintError, TokenSet, Vocabulary, json_schema, prepare, regex
@@ -282,21 +281,11 @@ def goals(results: Results) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """What this ran on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
-        )
+def about(clock: str) -> str:
+    """What this ran on, and how time was taken."""
     names = ("llguidance", "xgrammar", "outlines_core", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    load = os.getloadavg()[0]
-    return (
-        f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()},"
-        f" {versions}; load {load:.1f} at the end."
-    )
+    return f"{machine()['summary']}, {versions}. Times are of the {clock} clock."
 
 
 def caches(memory: list[dict[str, int]], folder: Path) -> str:
@@ -343,8 +332,8 @@ def plot(results: Results) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', title, *bars, "</svg>\n"])
 
 
-def as_json(results: Results, about: str, memory: list[dict[str, int]]) -> str:
-    found: dict[str, Any] = {"machine": about, "memory": memory, "unit": "µs: p50, p99, max", "sizes": {}}
+def as_json(results: Results, ran_on: str, memory: list[dict[str, int]]) -> str:
+    found: dict[str, Any] = {"machine": ran_on, "memory": memory, "unit": "µs: p50, p99, max", "sizes": {}}
     for size, by_source in results.items():
         found["sizes"][size] = {
             source.name: {
@@ -361,24 +350,20 @@ def as_json(results: Results, about: str, memory: list[dict[str, int]]) -> str:
     return json.dumps(found, indent=1)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--long", action="store_true", help="all sizes, 1,000 sequences a source")
+def options() -> argparse.Namespace:
+    parser = arguments(__doc__)
     parser.add_argument("--sequences", type=int, help="sequences a source")
     parser.add_argument("--sizes", type=int, nargs="+", help="tokens of the vocabularies")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where others load the machine")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds for a peer and a source")
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     chosen = parser.parse_args()
-    chosen.sequences = chosen.sequences or (1000 if chosen.long else 100)
-    chosen.sizes = chosen.sizes or ([32_768, 49_152, 131_072] if chosen.long else [49_152])
+    chosen.sequences = chosen.sequences or (1000 if chosen.full else 100)
+    chosen.sizes = chosen.sizes or ([32_768, 49_152, 131_072] if chosen.full else [49_152])
     return chosen
 
 
 def main() -> None:
-    chosen = arguments()
+    chosen = options()
     # vLLM logs every token that a backend refuses; here refusals end a sequence and are counted.
     logging.getLogger("vllm").setLevel(logging.CRITICAL)
     data = Path(mistral_common.__file__).parent / "data"
@@ -400,12 +385,12 @@ def main() -> None:
 
 def report(chosen: argparse.Namespace, results: Results, memory: list[dict[str, int]], folder: Path) -> None:
     """Print and write what is known so far: a long run that is stopped leaves its finished sizes."""
-    about = f"{machine()} Times are of the {chosen.clock} clock."
-    text = "\n\n".join([table(results), goals(results), caches(memory, folder), about])
+    ran_on = about(chosen.clock)
+    text = "\n\n".join([table(results), goals(results), caches(memory, folder), ran_on])
     print(text, flush=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "masks.md").write_text(text + "\n")
-    (chosen.out / "masks.json").write_text(as_json(results, about, memory) + "\n")
+    (chosen.out / "masks.json").write_text(as_json(results, ran_on, memory) + "\n")
     (chosen.out / "masks.svg").write_text(plot(results))
 
 

@@ -9,7 +9,8 @@ run good scripts in the attackers' place, so they show what so many clients or b
 The model is the embedded one with its first `--layers` layers: on two cores a step then takes about as long
 as one of a larger model on a GPU.
 
-    python benchmarks/neighbours.py [--layers 8] [--seconds 1.2] [--rounds 3] [--attackers 4] [--json FILE]
+    python benchmarks/neighbours.py [--full] [--layers 8] [--seconds N] [--rounds 3] [--attackers 4]
+        [--out FOLDER]
 
 On a machine lent in pieces: `--part 1/3 --json a.json` and so on, then `--merge a.json b.json c.json`.
 """
@@ -21,8 +22,6 @@ import asyncio
 import itertools
 import json
 import math
-import os
-import platform
 import re
 import shutil
 import sys
@@ -32,8 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from _reporting import Bars, Report, arguments, quantile
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = ROOT / "tests" / "controller" / "hostile"
@@ -155,7 +153,7 @@ class Windows:
         """Infinite where the neighbour got no token beside attackers."""
         if not self.attacked:
             return math.inf
-        return percentile(self.attacked, percent) / percentile(self.quiet, percent)
+        return quantile(self.attacked, percent / 100) / quantile(self.quiet, percent / 100)
 
 
 @dataclass
@@ -166,20 +164,15 @@ class Found:
     windows: dict[str, Windows] = field(default_factory=dict)
 
 
-def percentile(values: list[float], percent: int) -> float:
-    """Of sorted values, the one that `percent` in a hundred do not exceed."""
-    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
-
-
-def attackers_of(arguments: argparse.Namespace) -> dict[str, str | None]:
+def attackers_of(options: argparse.Namespace) -> dict[str, str | None]:
     """Name → source, or nothing for the row in which nobody attacks."""
     scripts = {path.stem: path.read_text() for path in sorted(HOSTILE.glob("*.py"))}
-    part, parts = map(int, arguments.part.split("/"))
-    chosen = list(scripts)[part - 1 :: parts] if not arguments.only else arguments.only
+    part, parts = map(int, options.part.split("/"))
+    chosen = list(scripts)[part - 1 :: parts] if not options.only else options.only
     return CONTROLS | {name: scripts[name] for name in chosen}
 
 
-async def measure(arguments: argparse.Namespace, model: str) -> dict[str, Found]:
+async def measure(options: argparse.Namespace, model: str) -> dict[str, Found]:
     """Windows by attacker and neighbour, and how the attackers fared."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -201,19 +194,19 @@ async def measure(arguments: argparse.Namespace, model: str) -> dict[str, Found]
     found: dict[str, Found] = {}
     try:
         await asyncio.sleep(5)
-        for name, source in attackers_of(arguments).items():
+        for name, source in attackers_of(options).items():
             one = found[name] = Found()
             for neighbour in neighbours:
                 one.windows[neighbour.name] = Windows()
-            for number in range(arguments.rounds):
-                await _window(neighbours, one, arguments.seconds, attacked=False)
+            for number in range(options.rounds):
+                await _window(neighbours, one, options.seconds, attacked=False)
                 attackers = [
                     asyncio.create_task(attack(engine, source, f"{name}-{number}-{i}", one.attacks))
-                    for i in range(arguments.attackers if source is not None else 0)
+                    for i in range(options.attackers if source is not None else 0)
                 ]
                 # All of them begin at once here, and never again.
                 await asyncio.sleep(LEAD)
-                await _window(neighbours, one, arguments.seconds, attacked=True)
+                await _window(neighbours, one, options.seconds, attacked=True)
                 for task in attackers:
                     task.cancel()
                 await asyncio.gather(*attackers, return_exceptions=True)
@@ -222,7 +215,7 @@ async def measure(arguments: argparse.Namespace, model: str) -> dict[str, Found]
             for task in running:
                 if task.done():
                     task.result()
-            write(found, arguments.json)
+            write(found, options.json)
     finally:
         for task in running:
             task.cancel()
@@ -246,27 +239,19 @@ def _on_gpu() -> bool:
     return not current_platform.is_cpu()
 
 
-def show(found: dict[str, Found]) -> list[str]:
-    """Print the table; returns who slowed a neighbour down by more than the goal."""
-    table = Table(title="time between two tokens of a neighbour (ms)")
-    for column in (
-        "attacker",
-        "attacks",
-        "neighbour",
-        "tokens",
-        "p50",
-        "attacked",
-        "p99",
-        "attacked",
-        "ratio",
-    ):
-        table.add_column(column, justify="left" if column in ("attacker", "neighbour") else "right")
+def reported(found: dict[str, Found]) -> Report:
+    """A row for each attacker and neighbour; the notes say who slowed one down by more than the goal."""
+    columns = (
+        *("attacker", "attacks", "neighbour", "tokens"),
+        *("p50", "p50 attacked", "p99", "p99 attacked", "ratio of p99"),
+    )
+    report = Report("neighbours", "time between two tokens of a neighbour (ms)", columns)
     everything: dict[str, Windows] = {}
     beyond = []
     for attacker, one in found.items():
         runs = f"{one.attacks.began} + {one.attacks.refused} refused"
         for name, windows in one.windows.items():
-            _row(table, attacker, runs, name, windows)
+            report.rows.append(_row(attacker, runs, name, windows))
             if attacker not in CONTROLS:
                 together = everything.setdefault(name, Windows())
                 together.quiet += windows.quiet
@@ -274,36 +259,38 @@ def show(found: dict[str, Found]) -> list[str]:
                 if windows.ratio(99) > GOAL:
                     beyond.append(f"{attacker} ({name}: {windows.ratio(99):.2f})")
     for name, windows in everything.items():
-        _row(table, "all", str(sum(one.attacks.began for one in found.values())), name, windows)
-    Console(width=130).print(table)
-    return beyond
+        report.rows.append(_row("all", str(sum(one.attacks.began for one in found.values())), name, windows))
+    report.notes.append(f"p99 beside attackers over {GOAL} times that without: {', '.join(beyond) or 'none'}")
+    return report
 
 
-def _row(table: Table, attacker: str, runs: str, name: str, windows: Windows) -> None:
+def _row(attacker: str, runs: str, name: str, windows: Windows) -> list[Any]:
     cells = [
-        f"{1000 * percentile(values, percent):.2f}" if values else "none"
-        for percent in (50, 99)
+        1000 * quantile(values, part) if values else None
+        for part in (0.5, 0.99)
         for values in (windows.quiet, windows.attacked)
     ]
-    table.add_row(attacker, runs, name, str(len(windows.attacked)), *cells, f"{windows.ratio(99):.2f}")
+    return [attacker, runs, name, len(windows.attacked), *cells, windows.ratio(99)]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, default=8, help="of the embedded model")
-    parser.add_argument("--seconds", type=float, default=1.2, help="of each window")
+    parser.add_argument("--seconds", type=float, help="of each window")
     parser.add_argument("--rounds", type=int, default=3, help="windows of each kind for each script")
     parser.add_argument("--attackers", type=int, default=4, help="hostile requests at the same time")
     parser.add_argument("--only", nargs="*", help="names of hostile scripts")
     parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the scripts")
+    parser.add_argument("--json", type=Path, help="file for what a later run with --merge shows")
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier parts: show them together")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    found = read(arguments.merge) if arguments.merge else run(arguments)
-    beyond = show(found)
-    print(f"p99 beside attackers over {GOAL} times that without: {', '.join(beyond) or 'none'}")
-    print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")
-    write(found, arguments.json)
+    options = parser.parse_args()
+    options.seconds = options.seconds or (5 if options.full else 1.2)
+    found = read(options.merge) if options.merge else run(options)
+    report = reported(found)
+    report.show()
+    bars = [(f"{row[0]}, {row[2]}", (row[-1],)) for row in report.rows if math.isfinite(row[-1])]
+    report.write(options.out, Bars(("p99 beside the attacker, of that without",), bars, "x", GOAL))
+    write(found, options.json)
     return 0
 
 
@@ -313,14 +300,12 @@ def write(found: dict[str, Found], path: Path | None) -> None:
         path.write_text(json.dumps({name: asdict(one) for name, one in found.items()}))
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Found]:
+def run(options: argparse.Namespace) -> dict[str, Found]:
     """Measure."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as folder:
-        cut_model(Path(folder), arguments.layers)
-        return asyncio.run(measure(arguments, folder))
+        cut_model(Path(folder), options.layers)
+        return asyncio.run(measure(options, folder))
 
 
 def cut_model(folder: Path, layers: int) -> None:

@@ -22,20 +22,14 @@ the moment the server runs nothing any more.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import httpx
+from _engines import server
 from _reporting import Bars, Report, arguments, median
 
 from aici_vllm.recursive import (
@@ -51,6 +45,7 @@ from aici_vllm.recursive import (
 from aici_vllm.recursive.openai_chat import async_openai_chat
 
 MODEL = "embedded"
+OPTIONS = ("--max-model-len", "4096", "--enable-prefix-caching", "--enable-prompt-tokens-details")
 TURN_TOKENS, ANSWER_TOKENS = 16, 8
 DEADLINE = 2.0
 STRAGGLER_TOKENS = 3000
@@ -300,8 +295,8 @@ def main() -> int:
     sizes = FULL if options.full else SMALL
     sizes = replace(sizes, rounds=options.rounds or sizes.rounds)
     costs: dict[tuple[str, str], list[Cost]] = {}
-    with server() as root:
-        asyncio.run(measure_all(root, sizes, costs))
+    with server(*OPTIONS, VLLM_SERVER_DEV_MODE="1") as url:
+        asyncio.run(measure_all(url, sizes, costs))
     report = reported(costs, sizes)
     report.show()
     groups = [
@@ -312,9 +307,9 @@ def main() -> int:
     return 0
 
 
-async def measure_all(root: str, sizes: Sizes, costs: dict[tuple[str, str], list[Cost]]) -> None:
+async def measure_all(url: str, sizes: Sizes, costs: dict[tuple[str, str], list[Cost]]) -> None:
+    root = url.removesuffix("/v1")
     engine = ServerEngine(root, MODEL)
-    url = f"{root}/v1"
     async with httpx.AsyncClient(base_url=root, timeout=600) as http:
         ways = {"HTTP": Way(url, sizes, None), "in the engine": Way(url, sizes, engine)}
         await engine.frame()
@@ -398,52 +393,6 @@ def reported(costs: dict[tuple[str, str], list[Cost]], sizes: Sizes) -> Report:
     report.notes = [f"medians of {sizes.rounds}; {sizes}"]
     report.details = {"rounds": {f"{c}, {w}": [asdict(x) for x in found] for (c, w), found in costs.items()}}
     return report
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The root address of a server on a free port, with prefix caching; stopped on the way out."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "aici_vllm.cli", "serve", MODEL, "--served-model-name", MODEL]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
-    command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    with TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **settings, "HF_HUB_OFFLINE": "1"},
-            cwd=Path(__file__).parent.parent,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        root = f"http://127.0.0.1:{port}"
-        try:
-            wait_until_ready(process, root)
-            yield root
-        except BaseException:
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace")[-3000:])
-            raise
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], root: str, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}")
-        try:
-            if httpx.get(f"{root}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer within {seconds:.0f} s")
 
 
 if __name__ == "__main__":
