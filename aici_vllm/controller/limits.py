@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of one request. The defaults are upstream AICI's.
+    """Limits of one request. The defaults are upstream AICI's where it has the limit.
 
     Times are seconds of script time: waiting for the model is free. Sizes are bytes.
     """
@@ -18,7 +18,7 @@ class Limits:
     branches: int = 16
     """Branches of one request that may live at the same time."""
     branches_made: int = 256
-    """Branches of one request over its whole life, those that have ended too."""
+    """Branches of one request over its whole life, those that have ended or failed in their fork too."""
     checkpoints: int = 256
     """Ended branches that the engine keeps for later requests, of all requests together."""
     memory: int = 64 << 20

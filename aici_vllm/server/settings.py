@@ -1,19 +1,20 @@
 """What the operator sets for the routes: `--additional-config '{"aici": {"server": {...}}}'`."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from aici_vllm.model import default_cache
+
 USER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,29}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def default_store() -> Path:
-    """`controllers` in the cache folder: `$AICI_CACHE`, or `~/.cache/aici`."""
-    return Path(os.environ.get("AICI_CACHE") or Path.home() / ".cache" / "aici") / "controllers"
+    """`controllers` in the cache folder, where the embedded model is too."""
+    return default_cache() / "controllers"
 
 
 @dataclass(frozen=True)
