@@ -4,7 +4,9 @@ They are looked for in the bytes of everything after the prompt, whether it was 
 branch ends with the token that completes the first one.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 from constraints import Vocabulary
 
@@ -37,6 +39,14 @@ class Stops:
     tokens: frozenset[int] = frozenset()
     shown: bool = False
     min_tokens: int = 0
+    _wanted: tuple[bytes, ...] = field(init=False, repr=False, compare=False)
+    _reach: int = field(init=False, repr=False, compare=False)
+    """How many bytes before a token a stop string that it completes may begin."""
+
+    def __post_init__(self) -> None:
+        wanted = tuple(string.encode() for string in self.strings)
+        object.__setattr__(self, "_wanted", wanted)
+        object.__setattr__(self, "_reach", max(map(len, wanted), default=1) - 1)
 
     def find(
         self, vocabulary: Vocabulary, tokens: list[int], start: int, position: int, new: list[int]
@@ -45,41 +55,43 @@ class Stops:
 
         Nothing before `start`, the end of the prompt, counts.
         """
-        tail = self._tail(vocabulary, tokens, start, position)
-        for index, token in enumerate(new):
-            text = vocabulary.token_bytes(token)
-            if position - start + index >= self.min_tokens:
-                if token in self.tokens:
-                    return Stop(index, token, 0 if self.shown else len(text))
-                found = self._find_string(tail, text)
-                if found is not None:
-                    return Stop(index, *found)
-            tail = self._cut(tail + text)
-        return None
+        barred = max(self.min_tokens - (position - start), 0)
+        by_string = self._find_string(
+            vocabulary, self._before(vocabulary, tokens, start, position), new, barred
+        )
+        searched = len(new) if by_string is None else by_string.index + 1
+        for index in range(barred, searched if self.tokens else 0):
+            if new[index] in self.tokens:
+                hidden = 0 if self.shown else len(vocabulary.token_bytes(new[index]))
+                return Stop(index, new[index], hidden)
+        return by_string
 
-    def _find_string(self, tail: bytes, text: bytes) -> tuple[str, int] | None:
-        """The string that ends first in `text`, and how many bytes of both it hides."""
-        both = tail + text
-        best: tuple[int, str, int] | None = None
-        for string in self.strings:
-            wanted = string.encode()
-            start = both.find(wanted, max(len(tail) - len(wanted) + 1, 0))
-            end = start + len(wanted)
-            if start >= 0 and (best is None or end < best[0]):
-                best = (end, string, len(both) - (end if self.shown else start))
-        return best and best[1:]
+    def _find_string(self, vocabulary: Vocabulary, before: bytes, new: list[int], barred: int) -> Stop | None:
+        """The string that ends first in the text of `new`, behind its `barred` first tokens."""
+        if not self._wanted or barred >= len(new):
+            return None
+        texts = [vocabulary.token_bytes(token) for token in new]
+        text = b"".join([before, *texts])
+        ends = list(accumulate(map(len, texts), initial=len(before)))
+        best: tuple[int, int] | None = None
+        for order, wanted in enumerate(self._wanted):
+            at = text.find(wanted, max(ends[barred] - len(wanted) + 1, 0))
+            if at >= 0 and (best is None or at + len(wanted) < best[0]):
+                best = at + len(wanted), order
+        if best is None:
+            return None
+        end, order = best
+        index = bisect_left(ends, end) - 1
+        seen = end if self.shown else end - len(self._wanted[order])
+        return Stop(index, self.strings[order], ends[index + 1] - seen)
 
-    def _tail(self, vocabulary: Vocabulary, tokens: list[int], start: int, position: int) -> bytes:
+    def _before(self, vocabulary: Vocabulary, tokens: list[int], start: int, position: int) -> bytes:
         """The end of the text before `position` that a stop string may have begun in."""
-        tail = b""
-        while position > start and len(tail) < self._reach:
+        texts: list[bytes] = []
+        missing = self._reach
+        while position > start and missing > 0:
             position -= 1
-            tail = vocabulary.token_bytes(tokens[position]) + tail
-        return self._cut(tail)
-
-    def _cut(self, text: bytes) -> bytes:
+            texts.append(vocabulary.token_bytes(tokens[position]))
+            missing -= len(texts[-1])
+        text = b"".join(reversed(texts))
         return text[-self._reach :] if self._reach else b""
-
-    @property
-    def _reach(self) -> int:
-        return max((len(string.encode()) for string in self.strings), default=1) - 1
