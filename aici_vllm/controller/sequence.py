@@ -91,7 +91,8 @@ class Sequence:
             del origins[position:]
             kept = min(kept, position)
             self.prompt_len = min(self.prompt_len, position)
-            self.marks = {mark: at for mark, at in self.marks.items() if at <= position}
+            while self.marks and next(reversed(self.marks.values())) > position:
+                self.marks.popitem()
         self.tokens += tokens
         self.kept = kept
         origins += bytes([Origin.SPLICED]) * len(tokens)
@@ -100,7 +101,8 @@ class Sequence:
             self._note("spliced", tokens)
 
     def mark(self, position: int) -> int:
-        """Remember `position` under a number that dies when the position is taken back."""
+        """Remember `position`, not before any other mark, under a number that dies when it is taken back."""
+        assert not self.marks or position >= next(reversed(self.marks.values()))
         self._last_mark += 1
         self.marks[self._last_mark] = position
         return self._last_mark
@@ -122,7 +124,8 @@ class Sequence:
 
     def settled(self) -> int:
         """How many tokens no live mark can take back."""
-        return min(self.marks.values()) if self.marks else len(self.tokens)
+        # Marks stand in the order of their positions.
+        return next(iter(self.marks.values()), len(self.tokens))
 
     def copy(self) -> "Sequence":
         """The same tokens and marks, on their own from here on; it counts its own tokens only."""

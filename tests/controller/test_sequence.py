@@ -46,9 +46,9 @@ class SequenceModel(RuleBasedStateMachine):
             if at is not None and at > position:
                 self.marks[mark] = None
 
-    @rule(share=st.floats(0, 1))
-    def mark(self, share: float) -> None:
-        position = round(share * len(self.model))
+    @rule()
+    def mark(self) -> None:
+        position = len(self.model)
         mark = self.sequence.mark(position)
         assert mark not in self.marks
         self.marks[mark] = position
@@ -73,7 +73,7 @@ class SequenceModel(RuleBasedStateMachine):
         self.sequence = original.copy()
         self.counts = {"sampled": 0, "spliced": 0}
         original.splice(0, [1, 2, 3])
-        original.mark(1)
+        original.mark(3)
 
     @invariant()
     def is_the_model(self) -> None:
