@@ -347,16 +347,18 @@ class Branch:
                 f"the sequence has {len(self.sequence)}"
             )
             return False
-        if position + len(tokens) > self.group.context:
-            self.fail(
-                f"ValueError: {len(tokens)} tokens of fixed text do not fit: the sequence would have "
-                f"{position + len(tokens)} tokens and the model's context holds {self.group.context}"
-            )
-            return False
         room = self.group.max_tokens - (position - min(position, self.sequence.prompt_len))
         fitting = tokens[:room]
         stop = self._find_stop(position, fitting)
-        self.sequence.splice(position, fitting if stop is None else fitting[: stop.index + 1])
+        if stop is not None:
+            fitting = fitting[: stop.index + 1]
+        if (length := position + len(fitting)) > self.group.context:
+            self.fail(
+                f"ValueError: {len(fitting)} tokens of fixed text do not fit: the sequence would have "
+                f"{length} tokens and the model's context holds {self.group.context}"
+            )
+            return False
+        self.sequence.splice(position, fitting)
         if stop is not None:
             self._stop(stop)
         elif len(tokens) > room:

@@ -73,7 +73,7 @@ class Group:
     def fork(self, parent: Branch) -> list[Branch]:
         """Carry out a fork: the children, which stand where the parent stood, each with its own future.
 
-        Branches over the limit are made too, and fail at once with an error.
+        Branches over the limit are made too: they have no text, and fail at once with an error.
         """
         decisions = parent.forks
         if len(self.branches) + len(decisions) - 1 > self.limits.branches_made:
@@ -133,7 +133,8 @@ class Group:
             branch.end("abort")
 
     def _copy(self, parent: Branch, fits: bool) -> Branch:
-        child = Branch(self, len(self.branches), parent.sequence.copy())
+        # A thousand that fail at once must not each copy a long text.
+        child = Branch(self, len(self.branches), parent.sequence.copy() if fits else Sequence([]))
         child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level
         child.awaits = parent.awaits

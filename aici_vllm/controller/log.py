@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 
-STEPS_KEPT = 64
+STEPS_KEPT = 16
 """How many full steps of log a branch can hold."""
 
 

@@ -218,9 +218,7 @@ def failed_fork(parent: Controlled, branch: Branch) -> Controlled:
 
     Nothing is made for it in the engine, so a script cannot hold a step up with a thousand of them.
     """
-    member = Controlled(parent.request, branch, parent.group, parent.params, choice=False, finished=True)
-    member.logprobs = parent.logprobs and parent.logprobs.copy()
-    return member
+    return Controlled(parent.request, branch, parent.group, parent.params, choice=False, finished=True)
 
 
 def client_stops(params: SamplingParams) -> Stops | None:

@@ -277,6 +277,14 @@ def test_fixed_text_over_the_context_fails_with_numbers() -> None:
     assert reasons(run(controller, max_tokens=100, context=10)) == ["stop"]
 
 
+def test_text_that_the_budget_cuts_before_the_context_ends_ends_with_length() -> None:
+    async def controller() -> None:
+        await aici.FixedTokens("abcdefghij")
+
+    engine = run(controller, max_tokens=3, context=9)
+    assert reasons(engine) == ["length"] and root_text(engine) == "abc"
+
+
 def test_sampling_ends_at_the_context_with_length() -> None:
     async def controller() -> None:
         await aici.gen_tokens(max_tokens=9)
