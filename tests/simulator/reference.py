@@ -217,7 +217,8 @@ class _Run:
         return token
 
     def _splice(self, branch: _Branch, position: int, text: str) -> None:
-        if position < 0 or position + len(encode(text)) > self._context:
+        room = self._max_tokens - (position - min(branch.prompt_len, position))
+        if position < 0 or position + len(encode(text)[:room]) > self._context:
             raise Ended("fail")
         self._splice_tokens(branch, position, encode(text))
 
