@@ -59,7 +59,7 @@ def test_nobody_left_to_set_a_variable_is_a_deadlock() -> None:
     [
         ([["raise"]], "fail"),
         ([["splice", 3, ""]], "fail"),
-        ([["fixed", "a" * 200]], "fail"),
+        ([["fixed", "a" * 200]], "length"),
         ([["fixed", "badbad" * 9]], "length"),
         ([["splice", 2, ""], ["gen", None, 1, None, None, None]], "fail"),
         ([["stop"], ["raise"]], "stop"),
@@ -67,3 +67,7 @@ def test_nobody_left_to_set_a_variable_is_a_deadlock() -> None:
 )
 def test_ends(program: list[Any], reason: str) -> None:
     assert [outcome.reason for outcome in run(program, max_tokens=10).outcomes] == [reason]
+
+
+def test_text_beyond_the_context_fails() -> None:
+    assert [outcome.reason for outcome in run([["fixed", "a" * 200]], max_tokens=500).outcomes] == ["fail"]
