@@ -201,8 +201,8 @@ def append_var(name: str, value: str | bytes) -> None:
 
 async def wait_vars(*names: str) -> list[bytes]:
     """Sleep until all variables are set; their values. Costs no forward pass."""
-    values: list[bytes] = await words.wait_vars(_branch(), names)
-    return values
+    waited = words.wait_vars(_branch(), names)
+    return words.in_order(names, waited, await waited)
 
 
 def check_var(name: str, expected: str) -> None:

@@ -12,6 +12,9 @@ from constraints import Vocabulary
 
 NewProgram = Callable[[Branch], Program]
 
+MOST_NAMED, LONGEST_NAMED = 10, 100
+"""Variables that an error names, and how many characters of each."""
+
 
 class Group:
     """All branches of one request, in the order they were made.
@@ -123,8 +126,9 @@ class Group:
         if not all(missing):
             return False
         for branch, names in zip(live, missing, strict=True):
-            named = ", ".join(map(repr, names))
-            branch.end("deadlock", f"deadlock: every live branch waits, this one for {named}")
+            named = ", ".join(repr(name[:LONGEST_NAMED]) for name in names[:MOST_NAMED])
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            branch.end("deadlock", f"deadlock: every live branch waits, this one for {named}{more}")
         return True
 
     def abort(self) -> None:

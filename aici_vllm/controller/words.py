@@ -15,6 +15,9 @@ from aici_vllm.controller.decisions import BranchDecision, MidProcessResult
 from aici_vllm.controller.errors import LimitError
 from constraints import Constraint, Vocabulary
 
+MOST_NAMES = 256
+"""Variables that one `wait_vars` may name: whoever waits looks for all of them again and again."""
+
 
 def fixed_text(branch: Branch, text: str | bytes, following: int | None = None) -> FixedText:
     """Append `text`, after taking back everything since the mark `following`.
@@ -129,10 +132,21 @@ def fork(branch: Branch, branches: int | list[BranchDecision]) -> Decide:
 
 
 def wait_vars(branch: Branch, names: Sequence[str]) -> WaitVars:
-    """Sleep until all `names` are set."""
-    for name in names:
-        _check_name(name)
-    return WaitVars(tuple(names))
+    """Sleep until all `names` are set. A name that is given again is waited for once.
+
+    Raises:
+        LimitError: too many names.
+        TypeError: a name is no string.
+    """
+    if len(names) > MOST_NAMES:
+        raise LimitError(f"wait_vars() takes {MOST_NAMES} names at most, not {len(names)}")
+    return WaitVars(tuple(dict.fromkeys(map(_check_name, names))))
+
+
+def in_order(names: Sequence[str], waited: WaitVars, values: list[bytes]) -> list[bytes]:
+    """The values that `waited` gave, one for each of the `names` it was made of."""
+    by_name = dict(zip(waited.names, values, strict=True))
+    return [by_name[name] for name in names]
 
 
 def get_var(branch: Branch, name: str) -> bytes | None:

@@ -291,6 +291,20 @@ def test_when_every_live_branch_waits_all_end_at_once_with_the_names() -> None:
     ]
 
 
+def test_a_deadlock_names_a_few_variables_briefly() -> None:
+    async def controller() -> None:
+        await aici.wait_vars(*(str(number) for number in range(11)), "x" * 1000)
+
+    (found,) = [branch.error for branch in run(controller).group.branches]
+    assert found and found.endswith("this one for " + ", ".join(f"'{n}'" for n in range(10)) + " and 2 more")
+
+    async def one() -> None:
+        await aici.wait_vars("x" * 1000)
+
+    (found,) = [branch.error for branch in run(one).group.branches]
+    assert found and found.endswith("this one for '" + "x" * 100 + "'")
+
+
 def test_a_single_branch_that_waits_for_nobody_ends_at_once() -> None:
     async def controller() -> None:
         await aici.FixedTokens("kept")

@@ -324,6 +324,20 @@ def test_gathered_awaits_happen_one_after_the_other(pool: SandboxPool) -> None:
     assert log(engine).endswith("[[97], 'b', [99]]\n")
 
 
+def test_a_variable_named_again_is_copied_for_each_name_up_to_a_size(pool: SandboxPool) -> None:
+    body = """
+    aici.set_var("a", "1")
+    aici.set_var("long", "x" * 500_000)
+    print(await aici.wait_vars("a", "a"), len((await aici.wait_vars("long", "long"))[1]))
+    await aici.wait_vars("long", "long", "long")
+    """
+    engine = run_script(pool, script(body))
+    assert error(engine) == (
+        "ValueError: the values of one call may hold 1048576 characters, not 1500003 (line 8)"
+    )
+    assert log(engine).startswith("[b'1', b'1'] 500000\n")
+
+
 # How scripts fail.
 
 

@@ -190,6 +190,20 @@ def test_wait_vars_takes_names(branch: Branch) -> None:
         words.wait_vars(branch, ["a", b"b"])  # type: ignore[list-item]
 
 
+def test_a_name_that_is_given_again_is_waited_for_once(branch: Branch) -> None:
+    names = ["b", "a", "b"]
+    waited = words.wait_vars(branch, names)
+    assert waited == WaitVars(("b", "a"))
+    assert words.in_order(names, waited, [b"2", b"1"]) == [b"2", b"1", b"2"]
+
+
+def test_wait_vars_takes_so_many_names(branch: Branch) -> None:
+    names = [str(number) for number in range(words.MOST_NAMES)]
+    assert words.wait_vars(branch, names) == WaitVars(tuple(names))
+    with pytest.raises(LimitError, match=r"wait_vars\(\) takes 256 names at most, not 257"):
+        words.wait_vars(branch, ["again"] * 257)
+
+
 # Variables.
 
 

@@ -31,7 +31,10 @@ LARGEST_ARGUMENT = 1 << 20
 
 @dataclass(slots=True)
 class Pending:
-    """The answer of an awaited word: what the branch must do, and how its result looks to the script."""
+    """The answer of an awaited word: what the branch must do, and how its result looks to the script.
+
+    `convert` may raise a ValueError, which the script then sees at its await.
+    """
 
     awaitable: Awaitable
     convert: Callable[[Any], Any]
@@ -130,10 +133,10 @@ def _check_arguments(name: str, word: Word, host: Host, args: Sequence[Any], kwa
         raise TypeError(f"{name}(): {error}") from None
 
 
-def _check_size(value: Any) -> None:
+def _check_size(value: Any, what: str = "arguments") -> None:
     size = _size(value)
     if size > LARGEST_ARGUMENT:
-        raise ValueError(f"the arguments of one call may hold {LARGEST_ARGUMENT} characters, not {size}")
+        raise ValueError(f"the {what} of one call may hold {LARGEST_ARGUMENT} characters, not {size}")
 
 
 def _size(value: Any) -> int:
@@ -481,7 +484,15 @@ def _mask(host: Host, bits: Any) -> TokenSet:
 
 @_word
 def wait_vars(host: Host, *names: str) -> Pending:
-    return Pending(words.wait_vars(host.branch, names), _same)
+    waited = words.wait_vars(host.branch, names)
+
+    def repeated(values: list[bytes]) -> list[bytes]:
+        answer = words.in_order(names, waited, values)
+        # A long value that is named often is one object here, and is copied for each name on its way.
+        _check_size(answer, "values")
+        return answer
+
+    return Pending(waited, _same if len(waited.names) == len(names) else repeated)
 
 
 @_word

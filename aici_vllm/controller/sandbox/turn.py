@@ -228,14 +228,21 @@ class LiveScript:
         try:
             answer = self.program.host.call(name.removeprefix("aici."), call.args, call.kwargs)
         except Exception as error:
-            return {"exc_type": sandbox_exception(error), "message": _message(error)}
+            return _raised(error)
         return answer if isinstance(answer, Pending) else {"return_value": answer}
 
 
 def _settled(result: Result, pending: Pending) -> Any:
     if result.error is not None:
-        return {"exc_type": sandbox_exception(result.error), "message": _message(result.error)}
-    return {"return_value": pending.convert(result.value)}
+        return _raised(result.error)
+    try:
+        return {"return_value": pending.convert(result.value)}
+    except ValueError as error:
+        return _raised(error)
+
+
+def _raised(error: Exception) -> Any:
+    return {"exc_type": sandbox_exception(error), "message": _message(error)}
 
 
 def _message(error: Exception) -> str:
