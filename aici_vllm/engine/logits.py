@@ -9,11 +9,9 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
+from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.engine.device_masks import DeviceMasks
-from aici_vllm.engine.masks import NO_MASK, StepMasks, request_lane, table_rows
-
-NO_LANE = np.iinfo(np.int32).max
-"""The lane of a plain request: beyond every other."""
+from aici_vllm.engine.masks import LANE, NO_LANE, NO_MASK, StepMasks, request_lane, table_rows
 
 
 class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
@@ -43,6 +41,18 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
             capacity = table_rows(max_rows * width, words)
             self._masks = DeviceMasks(torch.device(device), capacity, words, max_rows, width)
 
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse a client's own lane, of a plain request too: it would sample under somebody else's mask.
+
+        vLLM asks in the front-end of every engine; lanes are given behind it.
+
+        Raises:
+            BadRequestError: the request names a lane.
+        """
+        if LANE in (sampling_params.extra_args or {}):
+            raise BadRequestError(f"{LANE} is set by the engine: leave it out of vllm_xargs and extra_args")
+
     def install(self, step: StepMasks | None) -> None:
         """Take the masks of the step that is about to sample; None for a step without any."""
         if step is None:
@@ -59,7 +69,7 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if batch_update is None:
+        if batch_update is None or self._masks is None:
             return
         process_dict_updates(self._lane_of_row, batch_update, lambda params, *_: request_lane(params))
         self._lanes.fill(NO_LANE)
@@ -69,7 +79,7 @@ class AiciLogitsProcessor(LogitsProcessor, LogitsProcessorV2):
     # Model Runner V2: rows belong to request slots.
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        lane = request_lane(sampling_params)
+        lane = request_lane(sampling_params) if self._masks is not None else None
         self._lanes[req_idx] = NO_LANE if lane is None else lane
         return lane is not None
 

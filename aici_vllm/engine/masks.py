@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LANE = "controller_lane"
 """Set in a controlled request's `extra_args` for the workers: which of a step's slots is its own."""
 
+NO_LANE = np.iinfo(np.int32).max
+"""The lane of a plain request: beyond every other."""
+
 NO_MASK = -1
 """The slot of a sequence that may sample any token."""
 
@@ -31,8 +34,9 @@ TABLE_BYTES = 64 << 20
 
 
 def request_lane(params: Any) -> int | None:
-    """The lane of a controlled request; None for a plain request."""
-    return params.extra_args.get(LANE) if params.extra_args else None
+    """The lane of a controlled request; None for a plain request, and for what cannot be a lane."""
+    lane = params.extra_args.get(LANE) if params.extra_args else None
+    return lane if type(lane) is int and 0 <= lane < NO_LANE else None
 
 
 def table_rows(max_rows: int, words: int) -> int:

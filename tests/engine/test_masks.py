@@ -2,14 +2,21 @@
 
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    MoveDirectionality,
+    validate_logits_processors_parameters,
+)
+from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
 from aici_vllm.engine.logits import AiciLogitsProcessor
 from aici_vllm.engine.masks import LANE, NO_MASK, Lanes, MaskTable, StepMasks, table_rows
@@ -146,8 +153,11 @@ def processor(worker_cls: str = "aici_vllm.Worker", drafts: int = 0) -> Any:
     return AiciLogitsProcessor(config, torch.device("cpu"))
 
 
-def controlled(lane: int) -> SamplingParams:
+def controlled(lane: Any) -> SamplingParams:
     return SamplingParams(extra_args={LANE: lane})
+
+
+NO_LANES = ["x", "0", 0.0, True, None, [0], -1, 1 << 31]
 
 
 def only(token: int) -> np.ndarray:
@@ -221,9 +231,37 @@ def test_rows_behind_drafts_follow_their_requests() -> None:
     assert found == [[1], [0], "all", "all", "all", [2]]
 
 
+@pytest.mark.parametrize("lane", NO_LANES, ids=repr)
+def test_what_is_no_lane_has_no_mask(lane: Any) -> None:
+    v1, v2 = processor(), processor()
+    added: Any = [(0, controlled(lane), [], []), (1, controlled(1), [], [])]
+    v1.update_state(BatchUpdate(batch_size=2, removed=[], added=added, moved=[]))
+    v1.install(step(0, 1))
+    assert allowed(v1.apply(torch.zeros(2, 40))) == ["all", [1]]
+    assert not v2.add_request(0, controlled(lane))
+    v2.install(step(0, 1))
+    context: Any = SimpleNamespace(idx_mapping_np=np.array([0]))
+    assert allowed(v2.apply(torch.zeros(1, 40), context)) == ["all"]
+
+
+@pytest.mark.parametrize("lane", [0, *NO_LANES], ids=repr)
+def test_a_client_that_names_a_lane_is_refused_in_the_front_end(lane: Any) -> None:
+    for validate in (
+        partial(validate_logits_processors_parameters, None),
+        build_custom_logits_processors_params_validator(None),
+    ):
+        validate(SamplingParams(extra_args={"other": 1}))
+        validate(SamplingParams())
+        with pytest.raises(VLLMValidationError, match=f"{LANE} is set by the engine"):
+            validate(controlled(lane))
+
+
 @pytest.mark.parametrize("worker_cls", ["auto", "vllm.v1.worker.gpu_worker.Worker"])
-def test_an_engine_without_controllers_holds_no_table(worker_cls: str) -> None:
+def test_an_engine_without_controllers_holds_no_table_and_reads_no_lane(worker_cls: str) -> None:
     masked = processor(worker_cls=worker_cls)
     assert masked._masks is None
-    assert not masked.add_request(0, SamplingParams())
+    for row, params in enumerate([SamplingParams(), controlled("x"), controlled(0)]):
+        assert not masked.add_request(row, params)
+        masked.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, params, [], [])], moved=[]))
+        assert masked._lane_of_row == {}
     assert allowed(masked.apply(torch.zeros(1, 40))) == ["all"]

@@ -142,6 +142,7 @@ MEMBERS = {
     "vllm.v1.engine:EngineCoreEventType": ["QUEUED"],
     "vllm.v1.engine.input_processor:InputProcessor": [
         "process_inputs(request_id, prompt, params)",
+        "validate_logits_processors_params",
         "vllm_config",
     ],
     "vllm.v1.engine.detokenizer:IncrementalDetokenizer": ["from_new_request(tokenizer, request)"],
@@ -175,10 +176,12 @@ MEMBERS = {
         "apply(logits)",
         "is_argmax_invariant()",
         "update_state(batch_update)",
+        "validate_params(sampling_params)",
     ],
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor": [
         "add_request(req_idx, sampling_params)",
         "apply(logits, ctx)",
+        "validate_params(sampling_params)",
     ],
     "vllm.v1.worker.gpu.sample.logits_processor:LogitsContext": [
         "expanded_idx_mapping",
