@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import constraints
 from aici_vllm.controller import words
-from aici_vllm.controller.awaits import Awaitable, Decide, Decided, GetPrompt, Stop
+from aici_vllm.controller.awaits import Awaitable, Decided, GetPrompt, Stop
 from aici_vllm.controller.branch import Branch as _Branch
 from aici_vllm.controller.decisions import BranchDecision as Branch
 from aici_vllm.controller.decisions import MidProcessResult, Splice
@@ -250,7 +250,7 @@ class NextToken(Awaitable):
         self.value, self.curr_tokens, self.finished = [], [], False
         if result.skip_me:
             return self.value
-        decided: Decided = yield Decide(result)
+        decided: Decided = yield words.decide(_branch(), result.branches)
         self.value = self.curr_tokens = decided.tokens
         self.finished = any(token in _branch().group.vocabulary.eos_token_ids for token in decided.tokens)
         self._index = decided.branch

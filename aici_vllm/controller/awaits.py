@@ -57,10 +57,12 @@ class Generate(Awaitable):
 class Decide(Awaitable):
     """Do what a user's `NextToken` decided: sample under a mask, splice, fork, or stop.
 
-    Result: a `Decided`, in every branch that follows.
+    Result: a `Decided`, in every branch that follows. `own` says that no script holds a part of it, and
+    that every part was checked.
     """
 
     result: "MidProcessResult"
+    own: bool = False
 
 
 class Decided(NamedTuple):

@@ -210,7 +210,7 @@ class Branch:
             case Generate():
                 return self._generate(awaited)
             case Decide():
-                return self._begin_decision(awaited.result.branches)
+                return self._begin_decision(awaited)
             case WaitVars():
                 return self._wait_vars(awaited.names)
             case GetPrompt():
@@ -244,12 +244,13 @@ class Branch:
         self.next = Next.SAMPLE
         return self._splice_forced(forced)
 
-    def _begin_decision(self, branches: list[BranchDecision]) -> bool:
+    def _begin_decision(self, awaited: Decide) -> bool:
+        branches = awaited.result.branches
         if not branches:
             self.end("stop")
             return False
         try:
-            branches = checked(branches, self.group.vocabulary.size)
+            branches = branches if awaited.own else checked(branches, self.group.vocabulary.size)
         except (TypeError, ValueError) as error:
             return self._raise(error)
         if len(branches) == 1:

@@ -5,7 +5,7 @@ Bad arguments raise here, so the error stands at the line of the script that mad
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import constraints
@@ -117,18 +117,50 @@ def fork(branch: Branch, branches: int | list[BranchDecision]) -> Decide:
     """Become several branches: a number of equal ones, or one per decision.
 
     Raises:
-        LimitError: more branches than a request may ever make.
+        LimitError: more branches than a request may ever make, or a splice that cannot fit.
         TypeError: neither a number nor a list.
         ValueError: fewer than one branch.
     """
-    most = branch.group.limits.branches_made
-    if isinstance(branches, int) and branches > most:
-        raise LimitError(f"too many forks (a request may make {most} branches in all)")
     if isinstance(branches, int):
+        check_count(branch, branches)
         branches = [BranchDecision.noop() for _ in range(branches)]
     if not branches:
         raise ValueError("fork() needs at least 1 branch")
-    return Decide(MidProcessResult(branches))
+    return decide(branch, branches)
+
+
+def decide(branch: Branch, branches: list[BranchDecision]) -> Decide:
+    """Go on as `branches` say: none stops, one goes on, more fork.
+
+    Raises:
+        LimitError: more branches than a request may ever make, or a splice that cannot fit.
+        TypeError: not a list of branches.
+    """
+    if isinstance(branches, list):
+        check_count(branch, len(branches))
+    result = MidProcessResult(branches)
+    for decision in branches:
+        check_splices(branch, [(splice.when_sampled, splice.ff_tokens) for splice in decision.splices])
+    return Decide(result)
+
+
+def check_count(branch: Branch, count: int) -> None:
+    """Refuse more branches than a request may ever make, with a LimitError."""
+    most = branch.group.limits.branches_made
+    if count > most:
+        raise LimitError(f"too many forks (a request may make {most} branches in all)")
+
+
+def check_splices(branch: Branch, splices: Iterable[tuple[list[int], list[int]]]) -> None:
+    """Refuse a branch's (`when_sampled`, `ff_tokens`) that cannot all be of use, with a LimitError."""
+    context, size = branch.group.context, branch.group.vocabulary.size
+    named = 0
+    for when_sampled, ff_tokens in splices:
+        if len(ff_tokens) > context:
+            raise LimitError(f"a splice of {len(ff_tokens)} tokens does not fit: the context holds {context}")
+        named += max(len(when_sampled), 1)
+    if named > size:
+        raise LimitError(f"the splices of a branch name {named} tokens, and the vocabulary has {size}")
 
 
 def wait_vars(branch: Branch, names: Sequence[str]) -> WaitVars:

@@ -143,8 +143,15 @@ def test_a_fork_beyond_all_measure_is_refused_before_it_costs_anything() -> None
     async def controller() -> None:
         await aici.fork(10**12)
 
-    engine = run(controller)
-    assert "too many forks (a request may make 256 branches in all)" in error(engine)
+    class Decider(aici.NextToken):
+        def mid_process(self) -> aici.MidProcessResult:
+            return aici.MidProcessResult([aici.Branch.noop()] * 257)
+
+    async def decider() -> None:
+        await Decider()
+
+    for engine in run(controller), run(decider):
+        assert "too many forks (a request may make 256 branches in all)" in error(engine)
 
 
 def test_nested_forks_have_their_own_indexes_and_share_what_came_before() -> None:

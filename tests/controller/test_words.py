@@ -11,7 +11,7 @@ import constraints
 from aici_vllm.controller import words
 from aici_vllm.controller.awaits import Decide, FixedText, WaitVars
 from aici_vllm.controller.branch import Branch
-from aici_vllm.controller.decisions import BranchDecision
+from aici_vllm.controller.decisions import BranchDecision, Splice
 from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.limits import Limits
 from constraints import Constraint
@@ -22,6 +22,14 @@ from tests.controller.scripts import EOS, VOCABULARY
 @pytest.fixture
 def branch() -> Branch:
     return group_of(context=50, limits=Limits(variable_bytes=20, branches_made=5)).root
+
+
+def splicing(*splices: tuple[list[int], list[int]]) -> BranchDecision:
+    """A branch with these `when_sampled` and `ff_tokens`."""
+    return BranchDecision(
+        splices=[Splice(when_sampled=when, ff_tokens=ff) for when, ff in splices],
+        sample_mask=VOCABULARY.all_tokens(),
+    )
 
 
 # Fixed text.
@@ -181,6 +189,31 @@ def test_a_fork_of_nothing_or_of_anything_else_is_refused(
 ) -> None:
     with pytest.raises(kind, match=says):
         words.fork(branch, branches)
+
+
+@pytest.mark.parametrize(
+    "branches, says",
+    [
+        ([BranchDecision.noop()] * 6, r"too many forks \(a request may make 5 branches in all\)"),
+        ([splicing(([], [1] * 51))], "a splice of 51 tokens does not fit: the context holds 50"),
+        (
+            [splicing(*[([1], [2])] * 261)],
+            "the splices of a branch name 261 tokens, and the vocabulary has 260",
+        ),
+        ([splicing(([1] * 261, []))], "the splices of a branch name 261 tokens"),
+    ],
+)
+def test_a_decision_that_cannot_be_carried_out_is_refused(
+    branch: Branch, branches: list[BranchDecision], says: str
+) -> None:
+    for word in words.decide, words.fork:
+        with pytest.raises(LimitError, match=says):
+            word(branch, branches)
+
+
+def test_a_decision_that_just_fits_is_taken(branch: Branch) -> None:
+    branches = [splicing(([], [1] * 50)), *[splicing(*[([1], [2])] * 260)] * 4]
+    assert words.decide(branch, branches).result.branches == branches
 
 
 def test_wait_vars_takes_names(branch: Branch) -> None:

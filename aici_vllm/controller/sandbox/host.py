@@ -14,7 +14,7 @@ import pydantic_monty
 
 import constraints
 from aici_vllm.controller import awaits, words
-from aici_vllm.controller.awaits import Awaitable, Decided
+from aici_vllm.controller.awaits import Awaitable, Decide, Decided
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult, Splice
 from constraints import Constraint, TokenSet, Vocabulary
@@ -439,7 +439,7 @@ def gen_text(host: Host, *args: Any, **kwargs: Any) -> Pending:
 @_word
 def fork(host: Host, branches: Any) -> Pending:
     forks = branches if isinstance(branches, int) else _decisions(host, branches)
-    return Pending(words.fork(host.branch, forks), lambda decided: decided.branch)
+    return Pending(_own(words.fork(host.branch, forks)), lambda decided: decided.branch)
 
 
 @_word
@@ -448,16 +448,26 @@ def decide(host: Host, branches: Any) -> Pending:
         ends = host.vocabulary.eos_token_ids
         return decided.backtrack, decided.tokens, any(token in ends for token in decided.tokens)
 
-    return Pending(awaits.Decide(MidProcessResult(_decisions(host, branches))), seen)
+    return Pending(_own(words.decide(host.branch, _decisions(host, branches))), seen)
+
+
+def _own(decide: Decide) -> Decide:
+    """Every part was made and checked here."""
+    decide.own = True
+    return decide
 
 
 def _decisions(host: Host, branches: Any) -> list[BranchDecision]:
     """Branches as the prelude writes them: (mask or None, [(when_sampled, backtrack, ff_tokens), ...])."""
     try:
+        # First: what is refused is not copied.
+        words.check_count(host.branch, len(branches))
+        for _, splices in branches:
+            words.check_splices(host.branch, [(when, ff) for when, _, ff in splices])
         return [
             BranchDecision(
                 splices=[
-                    Splice(when_sampled=when, backtrack=back, ff_tokens=_existing(host, ff))
+                    Splice(when_sampled=_ids(when), backtrack=back, ff_tokens=_existing(host, ff))
                     for when, back, ff in splices
                 ],
                 sample_mask=None if bits is None else _mask(host, bits),
