@@ -8,6 +8,7 @@ machine hits both.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from typing import Any
@@ -30,12 +31,12 @@ def main() -> int:
         for llm in llms.values():
             batch(llm, options.batch, 8)
         seconds: dict[str, list[float]] = {name: [] for name in llms}
-        latencies: dict[str, list[float]] = {name: [] for name in llms}
+        gaps: dict[str, list[float]] = {name: [] for name in llms}
         for index in range(rounds):
             for name in (("with", "without"), ("without", "with"))[index % 2]:
                 took, each = batch(llms[name], options.batch, options.tokens)
                 seconds[name].append(took)
-                latencies[name] += each
+                gaps[name] += each
     tokens = options.batch * options.tokens
     columns = ("plugin", "tokens/s", "p50 token ms", "p99 token ms")
     title = (
@@ -43,7 +44,7 @@ def main() -> int:
     )
     report = Report("overhead", title, columns)
     for name in llms:
-        cells = [quantile(latencies[name], part) * 1e3 for part in (0.5, 0.99)]
+        cells = [quantile(gaps[name], part) * 1e3 for part in (0.5, 0.99)]
         report.rows.append([name, tokens / median(seconds[name]), *cells])
     ratios = [b / a for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
@@ -61,16 +62,21 @@ def main() -> int:
 
 
 def batch(llm: Any, size: int, tokens: int) -> tuple[float, list[float]]:
-    """Seconds for a batch, and each request's seconds per token after its first."""
+    """Seconds for a batch, and those from each step's tokens to the next step's: all requests are in each."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    prompts = [f"Number {index} of a list of things to say about the sea is" for index in range(size)]
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    took = time.perf_counter() - began
-    metrics = [output.metrics for output in outputs]
-    return took, [(m.last_token_ts - m.first_token_ts) / (tokens - 1) for m in metrics]
+    params.output_kind = RequestOutputKind.DELTA
+    core = llm.llm_engine
+    times = [time.perf_counter()]
+    for index in range(size):
+        prompt = f"Number {index} of a list of things to say about the sea is"
+        core.add_request(f"{times[0]}-{index}", prompt, params)
+    while core.has_unfinished_requests():
+        if core.step():
+            times.append(time.perf_counter())
+    return times[-1] - times[0], [after - before for before, after in itertools.pairwise(times[1:])]
 
 
 if __name__ == "__main__":

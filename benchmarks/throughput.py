@@ -2,9 +2,10 @@
 
 Two engines live at once and take the same batches in turn: the plugin's, and an unmodified vLLM with one
 backend. All write the same kind of text from the same prompts, greedily. What a constraint forces is spliced
-by a controller and sampled by vLLM; the forced share is given. Tokens of both kinds count as written. Forced
-text takes the tokens that the tokenizer makes of it, where vLLM's masks let the model spell it in more; so
-requests per second are given too, and how many tokens a request has.
+by a controller and sampled by vLLM; the forced share is given. Forced text takes the tokens that the tokenizer
+makes of it, where vLLM's masks let the model spell it in more, and vLLM samples an end behind each text. So a
+text counts as many tokens as the tokenizer makes of it, whoever wrote it. The ratio of tokens as each engine
+counts them stands beside, that of requests, and how many tokens of its own a request has.
 
     python benchmarks/throughput.py [--full] [--backends xgrammar] [--batches 1 8] [--kinds regex choice]
         [--rounds N] [--out FOLDER]
@@ -81,12 +82,16 @@ KINDS = {
 
 @dataclass
 class Round:
-    """One batch: seconds, tokens written, and how many of them were spliced."""
+    """One batch: seconds, tokens that the engine counts, how many of them were spliced, and the texts.
+
+    `written` are the tokens that the tokenizer makes of the texts.
+    """
 
     seconds: float
     tokens: int
     spliced: int
     texts: list[str]
+    written: int
 
 
 def main() -> int:
@@ -106,8 +111,8 @@ def main() -> int:
         "ours tok/s",
         "vLLM tok/s",
         "ratio",
-        "ours req/s",
-        "ratio of req/s",
+        "as counted",
+        "of req/s",
         "tok/req",
         "same text",
         "forced",
@@ -122,8 +127,10 @@ def main() -> int:
                         report.rows.append(compare(ours, theirs, backend, name, KINDS[name], size, rounds))
                         print(*map(shown, report.rows[-1]), file=sys.stderr, flush=True)
     report.notes.append(
-        "ratios are ours to vLLM's; tok/req: tokens of a request, ours and vLLM's; same text: part of the "
-        "requests for which both wrote the same; forced: part of our tokens that was spliced, not sampled"
+        "tok/s: tokens that the tokenizer makes of the text; ratios are ours to vLLM's: of these, of tokens "
+        "as each engine counts them, and of requests; tok/req: tokens of a request as counted, ours and "
+        "vLLM's; same text: part of the requests for which both wrote the same; forced: part of our tokens "
+        "that was spliced"
     )
     report.show()
     groups = [(f"{row[0]}, {row[1]}, {row[2]}", (row[3], row[4])) for row in report.rows]
@@ -134,17 +141,22 @@ def main() -> int:
 def compare(ours: Any, theirs: Any, backend: str, name: str, kind: Kind, size: int, rounds: int) -> list[Any]:
     """A row of the table; the first round of each compiles and is not counted."""
     mine, peers = [by_controller(ours, kind, size)], [by_vllm(theirs, kind, size)]
-    for _ in range(rounds):
+    for index in range(rounds):
+        # Whoever goes second is now the one, now the other.
+        if index % 2:
+            peers.append(by_vllm(theirs, kind, size))
         mine.append(by_controller(ours, kind, size))
-        peers.append(by_vllm(theirs, kind, size))
-    rates = [median([found.tokens / found.seconds for found in side[1:]]) for side in (mine, peers)]
+        if not index % 2:
+            peers.append(by_vllm(theirs, kind, size))
+    rates = [median([found.written / found.seconds for found in side[1:]]) for side in (mine, peers)]
+    counted = [median([found.tokens / found.seconds for found in side[1:]]) for side in (mine, peers)]
     served = [median([size / found.seconds for found in side[1:]]) for side in (mine, peers)]
     forced = sum(found.spliced for found in mine) / sum(found.tokens for found in mine)
-    ratios = rates[0] / rates[1], served[0] / served[1]
+    ratios = [ours / peer for ours, peer in (rates, counted, served)]
     lengths = "/".join(shown(side[-1].tokens / size) for side in (mine, peers))
     same = sum(a == b for a, b in zip(mine[-1].texts, peers[-1].texts, strict=True)) / size
     return [
-        *(name, backend, size, *rates, ratios[0], served[0], ratios[1]),
+        *(name, backend, size, *rates, *ratios),
         *(lengths, f"{same:.0%}", f"{forced:.0%}"),
     ]
 
@@ -159,7 +171,7 @@ def by_controller(llm: Any, kind: Kind, size: int) -> Round:
     seconds = time.perf_counter() - began
     tokens = sum(len(result.branches[0].token_ids) for result in results)
     spliced = sum(result.usage.spliced_tokens for result in results)
-    return Round(seconds, tokens, spliced, [result.text for result in results])
+    return _round(llm, seconds, tokens, spliced, [result.text for result in results])
 
 
 def by_vllm(llm: Any, kind: Kind, size: int) -> Round:
@@ -172,7 +184,13 @@ def by_vllm(llm: Any, kind: Kind, size: int) -> Round:
     outputs = llm.generate(prompts(size), params, use_tqdm=False)
     seconds = time.perf_counter() - began
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    return Round(seconds, tokens, 0, [output.outputs[0].text for output in outputs])
+    return _round(llm, seconds, tokens, 0, [output.outputs[0].text for output in outputs])
+
+
+def _round(llm: Any, seconds: float, tokens: int, spliced: int, texts: list[str]) -> Round:
+    tokenizer = llm.get_tokenizer()
+    written = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    return Round(seconds, tokens, spliced, texts, written)
 
 
 if __name__ == "__main__":

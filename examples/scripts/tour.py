@@ -1,4 +1,4 @@
-"""The README's script: fixed text, a constrained answer, one taken back, and a branch that joins two others."""
+"""The README's script: fixed text, a constrained answer, one taken back, a branch that joins two others."""
 
 import pyaici.server as aici
 
