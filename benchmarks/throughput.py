@@ -1,11 +1,11 @@
 """Constrained generation by controllers, against vLLM's structured outputs with each of its backends.
 
 Two engines live at once and take the same batches in turn: the plugin's, and an unmodified vLLM with one
-backend. All write the same kind of text from the same prompts, greedily. What a constraint forces is spliced
-by a controller and sampled by vLLM; the forced share is given. Forced text takes the tokens that the tokenizer
-makes of it, where vLLM's masks let the model spell it in more, and vLLM samples an end behind each text. So a
-text counts as many tokens as the tokenizer makes of it, whoever wrote it. The ratio of tokens as each engine
-counts them stands beside, that of requests, and how many tokens of its own a request has.
+backend. All write the same kind of text from the same prompts, greedily. What a constraint forces is
+spliced by a controller and sampled by vLLM; the forced share is given. Forced text takes the tokens that
+the tokenizer makes of it. vLLM's masks let the model spell it in more, and it samples an end behind each
+text. So a text counts as many tokens as the tokenizer makes of it, whoever wrote it. The ratio of tokens as
+each engine counts them stands beside, that of requests, and how many tokens of its own a request has.
 
     python benchmarks/throughput.py [--full] [--backends xgrammar] [--batches 1 8] [--kinds regex choice]
         [--rounds N] [--out FOLDER]

@@ -17,6 +17,7 @@ from aici_vllm.controller.awaits import (
     Stop,
     WaitVars,
 )
+from aici_vllm.controller.check import TakesBack
 from aici_vllm.controller.decisions import BranchDecision, checked
 from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.log import Log
@@ -60,12 +61,12 @@ class Branch:
         "initial_prompt_len",
         "log",
         "log_level",
-        "may_take_back",
         "next",
         "program",
         "sampling",
         "sequence",
         "stopped_by",
+        "takes_back",
         "wanted",
     )
 
@@ -86,7 +87,7 @@ class Branch:
         self.log_level = 1
         self.awaits = 0
         self.program: Program | None = None
-        self.may_take_back = True
+        self.takes_back = TakesBack.MARKED
         self._decided_index = 0
         self._longest = 0
 
@@ -99,9 +100,9 @@ class Branch:
         if self.stopped_by is not None:
             return len(self.sequence) - 1
         sequence = self.sequence
-        if not sequence.marks or not self.may_take_back or self.next is Next.END:
+        if self.next is Next.END or self.takes_back is TakesBack.NOTHING:
             return len(sequence.tokens)
-        return sequence.settled()
+        return sequence.settled() if self.takes_back is TakesBack.MARKED else sequence.prompt_len
 
     def mark(self) -> int:
         """Mark the end of the text; before the first await, the start of the prompt."""

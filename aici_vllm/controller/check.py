@@ -4,6 +4,7 @@ Everything here is linear in the source and never executes it, so it is safe to 
 """
 
 import ast
+import enum
 import functools
 import re
 import unicodedata
@@ -57,12 +58,21 @@ SMALL = 1 << 13
 """Characters below which a source is parsed without a look at its cost."""
 
 
+class TakesBack(enum.Enum):
+    """Which text a script could take back after it was written."""
+
+    NOTHING = enum.auto()
+    MARKED = enum.auto()
+    """What stands behind a label of its own."""
+    ANYTHING = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class ScriptFacts:
     """What is known of a script that the sandbox takes."""
 
-    takes_back: bool
-    """Whether it could ever take back text that it has written."""
+    takes_back: TakesBack
+    """Which text that it has written it could take back."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -276,20 +286,27 @@ _PLAIN_FIXED_TEXT = re.compile(rf"FixedTokens\s*+\(\s*+(?:(?:{_STRING}\s*+)++|[\
 SEARCHED = 1 << 14
 """Characters that are looked through: each 1,024 of them hold the engine up for about 60 us."""
 
-_TAKES_BACK = re.compile(r"FixedTokens|\b(?:following|Splice|MidProcessResult|NextToken|eval|exec|getattr)\b")
+_ANYTHING = ("Splice", "MidProcessResult", "NextToken", "eval", "exec", "getattr")
+"""What takes back text without a label, or could reach what does."""
+
+_NAMES_ANYTHING = re.compile(rf"\b(?:{'|'.join(_ANYTHING)})\b")
+_NAMES_MARKED = re.compile(r"FixedTokens|\bfollowing\b")
 
 
-def takes_back(source: str) -> bool:
-    """Whether a script could take back text: False only when it plainly cannot. Linear, no parser.
+def takes_back(source: str) -> TakesBack:
+    """Which text a script could take back, as far as its words tell: too much at worst. Linear, no parser.
 
-    It cannot when all its fixed text is written as `FixedTokens("text")` or `FixedTokens(name)`, with no
-    second argument, and nothing else in it could reach the words that take back.
+    It takes back nothing when all its fixed text is written as `FixedTokens("text")` or `FixedTokens(name)`,
+    with no second argument, and nothing else in it could reach the words that take back.
     """
     if len(source) > SEARCHED:
-        return True
+        return TakesBack.ANYTHING if any(word in source for word in _ANYTHING) else TakesBack.MARKED
     if not source.isascii():
         source = unicodedata.normalize("NFKC", source)
-    return _TAKES_BACK.search(_PLAIN_FIXED_TEXT.sub(_without_word, source)) is not None
+    if _NAMES_ANYTHING.search(source):
+        return TakesBack.ANYTHING
+    marked = _NAMES_MARKED.search(_PLAIN_FIXED_TEXT.sub(_without_word, source))
+    return TakesBack.MARKED if marked else TakesBack.NOTHING
 
 
 def _without_word(plain: re.Match[str]) -> str:

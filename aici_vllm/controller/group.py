@@ -142,7 +142,7 @@ class Group:
         child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level
         child.awaits = parent.awaits
-        child.may_take_back = parent.may_take_back
+        child.takes_back = parent.takes_back
         self.branches.append(child)
         assert parent.program is not None
         if not fits:

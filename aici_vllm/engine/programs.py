@@ -72,5 +72,5 @@ class Programs:
             # Python's 5 ms would be added to every step that waits for the interpreter.
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
             self._sandbox = SandboxPool(self._limits)
-        branch.may_take_back = takes_back(source)
+        branch.takes_back = takes_back(source)
         return self._sandbox.program(source, branch)

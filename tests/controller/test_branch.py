@@ -9,6 +9,7 @@ import pytest
 
 from aici_vllm import aici
 from aici_vllm.controller.branch import Branch, Next
+from aici_vllm.controller.check import TakesBack
 from aici_vllm.controller.limits import Limits
 from constraints import Constraint
 from tests.controller.fake_engine import FakeEngine
@@ -575,13 +576,32 @@ def test_the_end_settles_everything_and_a_script_without_labels_all_along() -> N
     engine = engine_of(labelled)
     root = engine.group.root
     assert root.settled == 0
-    root.may_take_back = False
+    root.takes_back = TakesBack.NOTHING
     assert root.settled == len(PROMPT)
-    root.may_take_back = True
+    root.takes_back = TakesBack.MARKED
     engine.round()
     assert root.settled == 0
     engine.round()
     assert root.next is Next.END and root.settled == len(root.sequence) == 4
+
+
+def test_nothing_settles_before_the_end_where_text_goes_without_a_label() -> None:
+    class Back(aici.NextToken):
+        def mid_process(self) -> aici.MidProcessResult:
+            return aici.MidProcessResult.splice(2, list(b"XY"))
+
+    async def controller() -> None:
+        await aici.gen_tokens(max_tokens=2)
+        await Back()
+        await aici.gen_tokens(max_tokens=1)
+
+    engine = engine_of(controller, saying("abz"))
+    root = engine.group.root
+    root.takes_back = TakesBack.ANYTHING
+    while not engine.group.finished:
+        assert root.settled == len(PROMPT)
+        engine.round()
+    assert root.settled == len(root.sequence) and root_text(engine) == "XYz"
 
 
 def test_a_label_is_at_the_prompts_start_until_something_is_awaited() -> None:

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aici_vllm.controller.check import MODULES, ScriptFacts, all_errors, check_source, takes_back
+from aici_vllm.controller.check import (
+    MODULES,
+    SEARCHED,
+    ScriptFacts,
+    TakesBack,
+    all_errors,
+    check_source,
+    takes_back,
+)
 from aici_vllm.controller.errors import ScriptError
 from aici_vllm.controller.limits import Limits
 from tests.controller.scripts import script
@@ -28,7 +36,7 @@ def refusal(source: str, limits: Limits = LIMITS) -> str:
 
 
 def test_good_script() -> None:
-    assert check_source(GOOD, LIMITS) == ScriptFacts(takes_back=False)
+    assert check_source(GOOD, LIMITS) == ScriptFacts(takes_back=TakesBack.NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -202,24 +210,38 @@ CAN = [
     "write = aici.FixedTokens\nawait write('a', l)",
     "await aici.FixedTokens(f'{await aici.FixedTokens(1, l)}')",
     "from aici import FixedTokens as F\nawait F('a', l)",
+    "await aici.FixedTokens('a', ﬀollowing=l)",
+    "await aici.𝔽ixedTokens('a', l)",  # noqa: RUF001
+]
+CAN_WITHOUT_A_LABEL = [
     "await getattr(aici, 'Fixed' + 'Tokens')('a', l)",
     'await eval("aici.Fixed" "Tokens(\'a\', l)")',
     "exec('x')",
     "await aici.fork([aici.Branch(splices=[aici.Splice(backtrack=1, ff_tokens=[])])])",
     "return aici.MidProcessResult.splice(1, [])",
-    "await aici.FixedTokens('a', ﬀollowing=l)",
-    "await aici.𝔽ixedTokens('a', l)",  # noqa: RUF001
+    "class Back(aici.𝐍extToken): pass",  # noqa: RUF001
 ]
 
 
 @pytest.mark.parametrize("body", CANNOT)
 def test_cannot_take_back(body: str) -> None:
-    assert not takes_back(script(body))
+    assert takes_back(script(body)) is TakesBack.NOTHING
 
 
 @pytest.mark.parametrize("body", CAN)
 def test_can_take_back(body: str) -> None:
-    assert takes_back(script(body))
+    assert takes_back(script(body)) is TakesBack.MARKED
+
+
+@pytest.mark.parametrize("body", CAN_WITHOUT_A_LABEL)
+def test_can_take_back_without_a_label(body: str) -> None:
+    assert takes_back(script(body)) is TakesBack.ANYTHING
+
+
+def test_a_long_script_is_taken_to_do_what_its_words_could() -> None:
+    long = f"text = {'a' * SEARCHED!r}\n"
+    assert takes_back(script(long)) is TakesBack.MARKED
+    assert takes_back(script(long + "aici.Splice(backtrack=1, ff_tokens=[])")) is TakesBack.ANYTHING
 
 
 def test_hostile_scripts_are_looked_at_safely() -> None:
