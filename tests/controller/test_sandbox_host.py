@@ -9,6 +9,7 @@ import pytest
 from aici_vllm.controller import branch as branch_module
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.sandbox import SandboxPool, host
+from constraints import Constraint, Vocabulary
 from tests.controller.scripts import run_script, script
 
 
@@ -66,3 +67,58 @@ def test_the_engine_does_not_check_again_what_the_host_has_made(
     """
     engine = run_script(pool, script(body))
     assert [engine.text(branch) for branch in engine.group.branches] == ["0", "ab1"]
+
+
+# What a turn may ask for.
+
+
+def test_a_script_awaits_so_many_things_at_once(pool: SandboxPool) -> None:
+    body = """
+    import asyncio
+    print(await asyncio.gather(*[aici.FixedTokens("a") for _ in range(64)]))
+    await asyncio.gather(*[aici.FixedTokens("b") for _ in range(65)])
+    """
+    engine = run_script(pool, script(body))
+    root = engine.group.root
+    assert root.error == "RuntimeError: a script may await 64 things at once"
+    assert engine.text(root) == "a" * 64
+
+
+class Clock:
+    """Stands in for the module `time`: every long word takes 0.4 s, another one nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def thread_time(self) -> float:
+        return self.now
+
+
+def test_long_words_have_time_of_their_own_in_each_turn(
+    pool: SandboxPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, regex = Clock(), host.constraints.regex
+
+    def slow_regex(vocabulary: Vocabulary, pattern: str) -> Constraint:
+        clock.now += 0.4
+        return regex(vocabulary, pattern)
+
+    monkeypatch.setattr(host.constraints, "regex", slow_regex)
+    monkeypatch.setattr(host, "time", clock)
+    body = """
+    for _ in range(2):
+        for letter in "abc":
+            aici.RegexConstraint(letter)
+        print(aici.tokenize("x"))
+        await aici.Noop()
+    for letter in "abcd":
+        try:
+            aici.RegexConstraint(letter)
+        except Exception:
+            pass
+        print(letter)
+    """
+    root = run_script(pool, script(body)).group.root
+    assert root.error is not None
+    assert root.error.startswith("TimeoutError: fixed texts and constraints may take 1 s between two awaits")
+    assert str(root.log) == "[120]\n[120]\na\nb\nc\n"

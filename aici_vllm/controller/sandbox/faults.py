@@ -92,6 +92,14 @@ def time_limit(limits: Limits, started: bool) -> str:
     return f"a script may compute for {limits.init_seconds:g} s before its first await"
 
 
+def long_limit(limits: Limits) -> str:
+    """The sentence about the time for what a script asks for."""
+    return (
+        f"fixed texts and constraints may take {limits.init_seconds:g} s between two awaits: "
+        "make fewer or smaller ones"
+    )
+
+
 def _traceback(frames: list[Frame], lines: list[str]) -> Iterator[str]:
     cut = len(frames) - SHOWN_FRAMES
     for number, frame in enumerate(frames):

@@ -17,16 +17,21 @@ from aici_vllm.controller import awaits, words
 from aici_vllm.controller.awaits import Awaitable, Decide, Decided
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult, Splice
+from aici_vllm.controller.sandbox.faults import long_limit
 from constraints import Constraint, TokenSet, Vocabulary
 
 UNTIMED = frozenset(["FixedTokens", "gen_tokens", "gen_text", "new_constraint", "new_lexer"])
-"""Words that may take long once, for a long text or a large grammar. A script cannot ask them without end."""
+"""Words that may take long once, for a long text or a large grammar: a turn has time of its own for them."""
 
 MOST_CONSTRAINTS = 256
 """Constraints that one script may hold."""
 
 LARGEST_ARGUMENT = 1 << 20
 """Characters, bytes and items that one call may hand over, all its arguments together."""
+
+
+class OutOfTime(Exception):
+    """What the turn has asked for took too long: it ends, whatever the script would do about it."""
 
 
 @dataclass(slots=True)
@@ -59,6 +64,8 @@ class Host:
         self.branch = branch
         self.seconds = 0.0
         """CPU time that the turn's questions have taken here, those that may take long aside."""
+        self.long_seconds = 0.0
+        """CPU time that those have taken."""
         self.constraints: dict[int, Constraint] = {}
         self.lexers: dict[int, constraints.DynamicLexer] = {}
         """Lexers under the number of their only constraint."""
@@ -68,6 +75,10 @@ class Host:
     @property
     def vocabulary(self) -> Vocabulary:
         return self.branch.group.vocabulary
+
+    def begin_turn(self) -> None:
+        """Nothing was asked yet."""
+        self.seconds = self.long_seconds = 0.0
 
     def fork(self, branch: Branch) -> "Host":
         """The same for a copy of the script that goes on as `branch`."""
@@ -83,8 +94,12 @@ class Host:
         """Answer the word `name`: a value, or a `Pending` for one that is awaited.
 
         Raises:
+            OutOfTime: the turn has asked for too much.
             Exception: whatever the script should see raised at its line.
         """
+        limits = self.branch.group.limits
+        if name in UNTIMED and self.long_seconds > limits.init_seconds:
+            raise OutOfTime(f"TimeoutError: {long_limit(limits)}")
         log_level, *given = args
         _check_size([given, kwargs])
         if isinstance(log_level, int):
@@ -99,8 +114,11 @@ class Host:
             _check_arguments(name, word, self, given, kwargs)
             raise
         finally:
-            if name not in UNTIMED:
-                self.seconds += time.thread_time() - started
+            seconds = time.thread_time() - started
+            if name in UNTIMED:
+                self.long_seconds += seconds
+            else:
+                self.seconds += seconds
         return answer
 
 

@@ -13,11 +13,12 @@ from pydantic_monty import (
     NameLookupSnapshot,
 )
 
+from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.program import Raised, Returned, Turn
 from aici_vllm.controller.sandbox.awaited_objects import wrap_awaits
 from aici_vllm.controller.sandbox.faults import in_script, sandbox_exception, script_fault
-from aici_vllm.controller.sandbox.host import Pending
+from aici_vllm.controller.sandbox.host import WORDS, OutOfTime, Pending
 from aici_vllm.controller.sandbox.preludes import Prelude
 from aici_vllm.controller.sandbox.program import Result, SandboxProgram, Suspended
 from aici_vllm.controller.sandbox.watch import Watch
@@ -41,6 +42,9 @@ NOTHING_AWAITED = "the controller awaited nothing, so it generated nothing; is a
 
 FUEL = 10
 """Awaits that a script may make, per token of the model's context: an endless loop of awaits must end."""
+
+MOST_AWAITED = 64
+"""Awaits that a script may have begun at once: each may hold a long text or a large constraint."""
 
 
 class Abandoned(Exception):
@@ -144,6 +148,8 @@ class LiveScript:
         self.stopped = None
         try:
             turn = self._drive(first())
+        except OutOfTime as error:
+            turn = Raised(str(error))
         except (MontyRuntimeError, MontySyntaxError) as error:
             if self._runs_main and NO_COROUTINE in str(error) and not in_script(error):
                 turn = Raised(NOT_ASYNC)
@@ -225,8 +231,13 @@ class LiveScript:
         name = call.function_name
         if not name.startswith("aici."):
             return {"exc_type": "NameError", "message": f"name {name!r} is not defined"}
+        name = name.removeprefix("aici.")
         try:
-            answer = self.program.host.call(name.removeprefix("aici."), call.args, call.kwargs)
+            if len(self._awaited) >= MOST_AWAITED and WORDS[name].awaited:
+                raise LimitError(f"a script may await {MOST_AWAITED} things at once")
+            answer = self.program.host.call(name, call.args, call.kwargs)
+        except OutOfTime:
+            raise
         except Exception as error:
             return _raised(error)
         return answer if isinstance(answer, Pending) else {"return_value": answer}

@@ -45,7 +45,7 @@ class Watch:
         self._pid = pid
         self._started = time.monotonic()
         self._first = self._seconds()
-        self.program.host.seconds = 0.0
+        self.program.host.begin_turn()
 
     def begin_script(self) -> None:
         """The script goes on."""
@@ -64,8 +64,9 @@ class Watch:
         return self._computed
 
     def total(self) -> float:
-        """CPU seconds of the turn, as far as its process lived."""
-        return self._seconds() - self._first + self.program.host.seconds
+        """CPU seconds of the turn, as far as its process lived, and of all that it asked for."""
+        host = self.program.host
+        return self._seconds() - self._first + host.seconds + host.long_seconds
 
     def check(self) -> float:
         """Kill the process when the script computed for too long, or hangs. Seconds since the turn began."""
