@@ -37,25 +37,43 @@ STOP_TOKENS = "controller_stop_tokens"
 
 INSTALLED_GROUP = "aici_vllm.controllers"
 CONFIG_KEY = "aici"
+SETTINGS = {"server": dict, "limits": dict, "functions": bool}
+"""What an operator can set under `CONFIG_KEY`."""
 
 NAME_LENGTH = 200
 """Characters in the name of a checkpoint."""
+
+MOST_STOPS = 64
+MOST_STOP_BYTES = 4096
+"""Stop strings of a request, and their bytes: the engine looks for them in every token of every branch."""
 
 _NAME = re.compile(r"[A-Za-z][\w.-]{0,99}|[0-9a-f]{64}")
 
 
 def operator_config(vllm_config: VllmConfig) -> dict[str, Any]:
-    """The operator's settings: `--additional-config '{"aici": {...}}'`."""
+    """The operator's settings: `--additional-config '{"aici": {...}}'`.
+
+    Raises:
+        ValueError: they are no mapping, or one of them does not exist or is of another type.
+    """
     config = vllm_config.additional_config
     settings = config.get(CONFIG_KEY, {}) if isinstance(config, dict) else {}
-    return settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{CONFIG_KEY} in --additional-config must be a mapping, not {settings!r}")
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"unknown setting {CONFIG_KEY}.{name}; there are {', '.join(SETTINGS)}")
+        if not isinstance(value, SETTINGS[name]):
+            kind = "a mapping" if SETTINGS[name] is dict else "true or false"
+            raise ValueError(f"{CONFIG_KEY}.{name} must be {kind}, not {value!r}")
+    return settings
 
 
 def operator_limits(vllm_config: VllmConfig) -> Limits:
     """The operator's limits.
 
     Raises:
-        ValueError: a limit does not exist or is no positive number.
+        ValueError: a setting or a limit does not exist, or a limit is no positive number.
     """
     return Limits.from_config(operator_config(vllm_config).get("limits", {}))
 
@@ -67,9 +85,14 @@ def runs_controllers(vllm_config: VllmConfig) -> bool:
     return str(name).startswith("aici_vllm")
 
 
+def has_controller(arguments: dict[str, Any] | None) -> bool:
+    """Whether a request's `extra_args`, or `vllm_xargs`, carry a controller."""
+    return CONTROLLER in (arguments or {})
+
+
 def is_controlled(params: Any) -> bool:
     """Whether these sampling parameters carry a controller."""
-    return isinstance(params, SamplingParams) and CONTROLLER in (params.extra_args or {})
+    return isinstance(params, SamplingParams) and has_controller(params.extra_args)
 
 
 @functools.cache
@@ -125,18 +148,33 @@ def admit(vllm_config: VllmConfig, prompt: Any, params: Any) -> tuple[Any, Any]:
     """
     if not is_controlled(params):
         return prompt, params
-    _check_flags(vllm_config)
-    _check_controller(vllm_config, params)
-    _check_checkpoints(vllm_config, prompt, params.extra_args or {})
-    _check_combination(vllm_config, prompt, params)
+    args = checked_arguments(vllm_config, params)
+    _check_prompt(vllm_config, prompt, args)
     # A copy: the caller may use its own for other requests.
     params = copy.copy(params)
-    params.extra_args = {
-        **params.extra_args,
-        CHOICES: params.n,
-        STOP_TOKENS: list(params.stop_token_ids or []),
-    }
+    params.extra_args = {**args, CHOICES: params.n, STOP_TOKENS: list(params.stop_token_ids or [])}
     return _fill_empty(vllm_config, prompt), params
+
+
+def checked_arguments(vllm_config: VllmConfig, params: SamplingParams) -> dict[str, Any]:
+    """The part of `admit` that needs no prompt.
+
+    Returns the `extra_args` of a request that carries a controller, a stored name's text in its place.
+
+    Raises:
+        BadRequestError: what is wrong and what to change.
+    """
+    _check_flags(vllm_config)
+    _check_engine(vllm_config)
+    _check_parameters(params)
+    args = dict(params.extra_args or {})
+    args[CONTROLLER] = _checked_controller(vllm_config, args[CONTROLLER])
+    _encoded(CONTROLLER_ARG, args.get(CONTROLLER_ARG, ""))
+    for key in (CHECKPOINT, FROM, DROP):
+        name = args.get(key, "checkpoint")
+        if not _encoded(key, name) or len(name) > NAME_LENGTH:
+            raise BadRequestError(f"{key} must be a name of 1 to {NAME_LENGTH} characters")
+    return args
 
 
 def choose_engine(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
@@ -164,20 +202,6 @@ def choose_engine(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         request.data_parallel_rank = zlib.crc32(request.request_id.encode()) % engines
 
 
-def check_arguments(vllm_config: VllmConfig, xargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of `admit` that needs no prompt; returns the arguments with a stored name's text in its place.
-
-    Raises:
-        BadRequestError: what is wrong with the controller.
-    """
-    if CONTROLLER not in xargs:
-        return xargs
-    params = SamplingParams(extra_args=dict(xargs))
-    _check_flags(vllm_config)
-    _check_controller(vllm_config, params)
-    return dict(params.extra_args or {})
-
-
 def _check_flags(vllm_config: VllmConfig) -> None:
     if not runs_controllers(vllm_config):
         raise BadRequestError(
@@ -186,43 +210,7 @@ def _check_flags(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_controller(vllm_config: VllmConfig, params: SamplingParams) -> None:
-    args = params.extra_args or {}
-    controller = args[CONTROLLER]
-    if isinstance(controller, bytes):
-        if not operator_config(vllm_config).get("functions"):
-            raise BadRequestError("this engine takes no pickled functions: send source text or a name")
-    elif not isinstance(controller, str):
-        raise BadRequestError(f"{CONTROLLER} must be a string, not {type(controller).__name__}")
-    elif is_name(controller):
-        source = _resolve(controller)
-        if source is None:
-            load_installed(controller)
-        else:
-            # The engine knows no store: it gets the text.
-            args[CONTROLLER] = controller = source
-    if isinstance(controller, str) and not is_name(controller):
-        # Most requests bring a name or nothing: only source needs the parser.
-        from aici_vllm.controller.check import check_source
-
-        check_source(controller, operator_limits(vllm_config))
-    arg = args.get(CONTROLLER_ARG, "")
-    if not isinstance(arg, str):
-        raise BadRequestError(f"{CONTROLLER_ARG} must be a string, not {type(arg).__name__}")
-
-
-def _check_checkpoints(vllm_config: VllmConfig, prompt: Any, args: dict[str, Any]) -> None:
-    for key in (CHECKPOINT, FROM, DROP):
-        name = args.get(key, "checkpoint")
-        if not isinstance(name, str) or not 0 < len(name) <= NAME_LENGTH:
-            raise BadRequestError(f"{key} must be a name of 1 to {NAME_LENGTH} characters")
-    if FROM in args and isinstance(prompt, dict):
-        tokens = prompt.get("prompt_token_ids")
-        if tokens and tokens != empty_prompt(vllm_config):
-            raise BadRequestError(f"{FROM} brings its own text: send an empty prompt and splice what follows")
-
-
-def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingParams) -> None:
+def _check_engine(vllm_config: VllmConfig) -> None:
     for feature, used in {
         "speculative decoding on Model Runner V1": (
             vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
@@ -237,8 +225,9 @@ def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingPar
     }.items():
         if used:
             raise BadRequestError(f"this server uses {feature}, with which controllers do not work")
-    if isinstance(prompt, dict) and prompt.get("type", "token") != "token":
-        raise BadRequestError("a request with a controller takes text and tokens only as its prompt")
+
+
+def _check_parameters(params: SamplingParams) -> None:
     if params.structured_outputs is not None:
         raise BadRequestError(
             "a request with a controller cannot use structured outputs too: constrain inside the script"
@@ -249,6 +238,54 @@ def _check_combination(vllm_config: VllmConfig, prompt: Any, params: SamplingPar
         raise BadRequestError(
             "a request with a controller cannot use prompt_logprob_token_ids: use prompt_logprobs"
         )
+    stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+    size = sum(len(_encoded("stop", text)) for text in stops)
+    if len(stops) > MOST_STOPS or size > MOST_STOP_BYTES:
+        raise BadRequestError(
+            f"a request with a controller may have {MOST_STOPS} stop strings of {MOST_STOP_BYTES} bytes in "
+            f"all, and this one has {len(stops)} of {size}: send fewer, or look for them in the script"
+        )
+
+
+def _checked_controller(vllm_config: VllmConfig, controller: Any) -> str | bytes:
+    """What the engine is to run, which knows no store: a stored name's text in its place."""
+    if isinstance(controller, bytes):
+        if not operator_config(vllm_config).get("functions"):
+            raise BadRequestError("this engine takes no pickled functions: send source text or a name")
+        return controller
+    if not isinstance(controller, str):
+        raise BadRequestError(f"{CONTROLLER} must be a string, not {type(controller).__name__}")
+    source = _resolve(controller) if is_name(controller) else controller
+    if source is None:
+        load_installed(controller)
+        return controller
+    # Most requests bring a name or nothing: only source needs the parser.
+    from aici_vllm.controller.check import check_source
+
+    check_source(source, operator_limits(vllm_config))
+    return source
+
+
+def _encoded(key: str, text: Any) -> bytes:
+    """The bytes of a client's text: what has none cannot be sent to the engine."""
+    if not isinstance(text, str):
+        raise BadRequestError(f"{key} must be a string, not {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequestError(
+            f"{key} holds half a character (a lone surrogate) at {error.start}: take it out"
+        ) from None
+
+
+def _check_prompt(vllm_config: VllmConfig, prompt: Any, args: dict[str, Any]) -> None:
+    if not isinstance(prompt, dict):
+        return
+    if prompt.get("type", "token") != "token":
+        raise BadRequestError("a request with a controller takes text and tokens only as its prompt")
+    tokens = prompt.get("prompt_token_ids")
+    if FROM in args and tokens and tokens != empty_prompt(vllm_config):
+        raise BadRequestError(f"{FROM} brings its own text: send an empty prompt and splice what follows")
 
 
 def _fill_empty(vllm_config: VllmConfig, prompt: Any) -> Any:

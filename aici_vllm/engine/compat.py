@@ -3,6 +3,7 @@
 Everything else uses vLLM's extension points, or calls a function here.
 """
 
+import asyncio
 import functools
 import importlib.metadata
 import sys
@@ -120,8 +121,8 @@ def allow_empty_prompts(controlled: Callable[[dict[str, Any]], bool]) -> None:
         request.model_rebuild(force=True)
 
 
-CheckArguments = Callable[[Any, dict[str, Any]], dict[str, Any]]
-"""(vllm_config, vllm_xargs) -> vllm_xargs to go on with; raises ValueError to refuse the request."""
+CheckArguments = Callable[[Any, Any], dict[str, Any]]
+"""(vllm_config, sampling_params) -> the `extra_args` to go on with; raises ValueError to refuse."""
 
 _RENDERERS = {
     "vllm.entrypoints.openai.completion.serving": ("OpenAIServingCompletion", "render_completion_request"),
@@ -129,22 +130,33 @@ _RENDERERS = {
 }
 
 
-def check_openai_requests_with(check: CheckArguments) -> None:
-    """Have `check` see the `vllm_xargs` of OpenAI requests before a streamed one gets its status line.
+def check_openai_requests_with(
+    controlled: Callable[[dict[str, Any] | None], bool], check: CheckArguments
+) -> None:
+    """Have `check` see OpenAI requests with `controlled` `vllm_xargs` before a streamed one's status line.
 
     vLLM's servers call the engine's front-end, where `admit` stands, only when a stream has begun: a
-    refusal there is an event in a stream that said 200. Only a process that serves HTTP has the servers.
+    refusal there is an event in a stream that said 200. Nor does `admit` see a beam search, which is made
+    of plain requests. Only a process that serves HTTP has the servers.
     """
     from vllm.exceptions import VLLMValidationError
 
     def checking(original: Callable[..., Any]) -> Callable[..., Any]:
         async def render(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            if request.vllm_xargs:
-                try:
-                    request.vllm_xargs = check(self.engine_client.vllm_config, request.vllm_xargs)
-                except ValueError as error:
-                    raise VLLMValidationError(str(error)) from error
-            return await original(self, request, *args, **kwargs)
+            rendered = await original(self, request, *args, **kwargs)
+            if not controlled(request.vllm_xargs):
+                return rendered
+            if request.use_beam_search:
+                raise VLLMValidationError("a beam search runs no controller: leave use_beam_search out")
+            config = self.engine_client.vllm_config
+            # Only now: rendering turns a tool choice into structured outputs.
+            params = request.to_sampling_params(config.model_config.max_model_len, {})
+            try:
+                # In a thread: scripts are parsed, and other requests wait for the event loop.
+                request.vllm_xargs = await asyncio.to_thread(check, config, params)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
+            return rendered
 
         return render
 

@@ -16,17 +16,17 @@ def register() -> None:
         return
     if compat.is_supported(found):
         from aici_vllm.engine.admission import (
-            CONTROLLER,
             admit,
-            check_arguments,
+            checked_arguments,
             choose_engine,
+            has_controller,
             is_controlled,
         )
 
         compat.admit_requests_with(admit, choose_engine)
-        compat.check_openai_requests_with(check_arguments)
+        compat.check_openai_requests_with(has_controller, checked_arguments)
         compat.leave_stops_to_engine(is_controlled)
-        compat.allow_empty_prompts(lambda body: CONTROLLER in (body.get("vllm_xargs") or {}))
+        compat.allow_empty_prompts(lambda body: has_controller(body.get("vllm_xargs")))
         compat.record_stats_with(_metrics)
 
 

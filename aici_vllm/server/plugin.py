@@ -65,7 +65,7 @@ class ControllerEndpoints:
         except StoreError as error:
             logger.error("%s: controllers cannot be stored or named until this is mended", error)
         admission.resolve_names_with(_resolver(catalog))
-        compat.check_openai_requests_with(admission.check_arguments)
+        compat.check_openai_requests_with(admission.has_controller, admission.checked_arguments)
         compat.keep_merged_lists(EVENTS)
         has_keys = any(args.api_key or [envs.VLLM_API_KEY])
         state.aici = routes.Service(settings, catalog, VLLMFront(engine_client, state), has_keys)
@@ -135,20 +135,20 @@ class VLLMFront:
             raise bad_request(f"{where}: {first['msg']}") from None
         return answer if isinstance(answer, ErrorResponse) else answer[1]
 
-    def admit(self, rendered: Rendered, params: SamplingParams) -> Rendered:
-        """Refuse what the engine would refuse; an empty prompt comes back filled.
+    def admit(self, rendered: Rendered, params: SamplingParams) -> tuple[Rendered, SamplingParams]:
+        """Refuse what the engine would refuse; fill an empty prompt, and resolve a stored name.
 
         Raises:
             ServiceError: what is wrong with the request.
         """
         config = self._engine.vllm_config
         try:
-            prompt, _ = admission.admit(config, rendered.prompt, params)
+            prompt, params = admission.admit(config, rendered.prompt, params)
         except ValueError as error:
             raise bad_request(str(error)) from None
         if prompt.get("prompt_token_ids") == []:
             prompt = {**prompt, "prompt_token_ids": admission.empty_prompt(config)}
-        return replace(rendered, prompt=prompt)
+        return replace(rendered, prompt=prompt), params
 
     async def generate(
         self, rendered: Rendered, params: SamplingParams, request_id: str, headers: Mapping[str, str]

@@ -104,7 +104,9 @@ class RunRequest(BaseModel):
     model: str | None = Field(default=None, description="the server's first model by default")
     temperature: float | None = Field(default=0.0, ge=0, description="0, the default, is greedy")
     top_p: float | None = Field(default=1.0, gt=0, le=1)
-    top_k: int | None = Field(default=-1, ge=-1, description="-1 is all tokens; 0 is no number of tokens")
+    top_k: int | None = Field(
+        default=-1, ge=-1, le=2**31 - 1, description="-1 is all tokens; 0 is no number of tokens"
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=1,

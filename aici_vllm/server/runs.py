@@ -1,5 +1,6 @@
 """`POST /v1/run`: a request checked, run, and told in events as it goes."""
 
+import asyncio
 import json
 import logging
 import time
@@ -62,8 +63,8 @@ class Front(Protocol):
         """The prompt, or the messages in the model's chat template, as tokens."""
         ...
 
-    def admit(self, rendered: Rendered, params: SamplingParams) -> Rendered:
-        """Refuse what the engine would refuse; an empty prompt comes back filled."""
+    def admit(self, rendered: Rendered, params: SamplingParams) -> tuple[Rendered, SamplingParams]:
+        """Refuse what the engine would refuse; fill an empty prompt, and resolve a stored name."""
         ...
 
     def generate(
@@ -103,7 +104,8 @@ async def prepare(front: Front, catalog: Catalog, request: RunRequest) -> Prepar
         params.extra_args = {"controller": controller, "controller_arg": arg, front.live_key: True}
         # The text is made of the events: the engine's own would be made in vain.
         params.detokenize, params.output_kind = False, RequestOutputKind.CUMULATIVE
-    rendered = front.admit(rendered, params)
+    # In a thread: scripts are parsed and read from disk, and other requests wait for the event loop.
+    rendered, params = await asyncio.to_thread(front.admit, rendered, params)
     return PreparedRun(f"run-{uuid.uuid4()}", rendered, params, controlled)
 
 

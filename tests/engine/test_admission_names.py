@@ -42,11 +42,17 @@ def config() -> Any:
     )
 
 
+def admit(**extra_args: Any) -> dict[str, Any]:
+    """What the engine is told of a request; the caller's own parameters stay as they are."""
+    params = SamplingParams(extra_args=dict(extra_args))
+    _, made = admission.admit(config(), {"prompt_token_ids": [1]}, params)
+    assert params.extra_args == extra_args
+    told: dict[str, Any] = made.extra_args
+    return told
+
+
 def admitted(controller: str) -> str:
-    params = SamplingParams(extra_args={"controller": controller})
-    admission.admit(config(), {"prompt_token_ids": [1]}, params)
-    assert params.extra_args is not None
-    return str(params.extra_args["controller"])
+    return str(admit(controller=controller)["controller"])
 
 
 @pytest.mark.parametrize("name", ["tag", "user.tag-1", HASH])

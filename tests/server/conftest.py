@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ class FakeFront:
             raise bad_request(f"no model {request.model}")
         return Rendered({"prompt_token_ids": list(text.encode())}, len(text.encode()), "m")
 
-    def admit(self, rendered: Rendered, params: Any) -> Rendered:
+    def admit(self, rendered: Rendered, params: Any) -> tuple[Rendered, Any]:
         if rendered.length >= self.context:
             raise bad_request("the prompt is too long")
         name = (params.extra_args or {}).get("controller", "greet")
@@ -96,8 +97,9 @@ class FakeFront:
             except UnknownControllerError as error:
                 raise bad_request(error.message) from None
             if source is not None:
-                params.extra_args["controller"] = source
-        return replace(rendered)
+                params = copy.copy(params)
+                params.extra_args = {**params.extra_args, "controller": source}
+        return replace(rendered), params
 
     async def generate(
         self, rendered: Rendered, params: Any, request_id: str, headers: Mapping[str, str]

@@ -146,6 +146,7 @@ def test_max_tokens_is_what_the_context_has_room_for(served: Served) -> None:
         ({"controller": "greet", "temperature": 1, "top_p": 1.1}, "top_p"),
         ({"controller": "greet", "temperature": 1, "top_k": 0}, "top_k"),
         ({"controller": "greet", "temperature": 1, "top_k": -2}, "top_k"),
+        ({"controller": "greet", "temperature": 1, "top_k": 2**64}, "top_k"),
         ({"controller": "greet", "top_p": 0.5}, "temperature 0"),
         ({"controller": "greet", "top_k": 5}, "temperature 0"),
         ({"controller": "greet", "max_tokens": 0}, "max_tokens"),
@@ -162,6 +163,23 @@ def test_what_is_wrong_is_a_400_before_anything_runs(served: Served, body: dict[
     assert answer.status_code == 400, answer.text
     assert said in str(answer.json()["error"])
     assert served.front.asked == []
+
+
+def test_scripts_are_parsed_beside_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bool] = []
+    admit = served.front.admit
+
+    def admit_noting_where(rendered: Any, params: Any) -> Any:
+        try:
+            asyncio.get_running_loop()
+            parsed.append(True)
+        except RuntimeError:
+            parsed.append(False)
+        return admit(rendered, params)
+
+    monkeypatch.setattr(served.front, "admit", admit_noting_where)
+    events(served.run())
+    assert parsed == [False]
 
 
 def test_a_failure_of_the_engine_is_the_streams_last_word(served: Served) -> None:
