@@ -122,3 +122,4 @@ def test_long_words_have_time_of_their_own_in_each_turn(
     assert root.error is not None
     assert root.error.startswith("TimeoutError: fixed texts and constraints may take 1 s between two awaits")
     assert str(root.log) == "[120]\n[120]\na\nb\nc\n"
+    assert root.program is not None and root.program.seconds >= 3 * 3 * 0.4

@@ -120,6 +120,24 @@ def test_a_script_that_asks_a_lot_is_moved_to_a_fresh_session(
     assert engine.text(engine.group.root) == "012345678"
 
 
+def test_a_turn_s_time_is_counted_before_its_end_is_told(pool: SandboxPool) -> None:
+    worker = Worker(LIMITS, Preludes())
+    program = pool.program(script("await aici.FixedTokens('a')"), new_group(LIMITS).root)
+    told: list[float] = []
+
+    def answer(turn: Turn) -> None:
+        told.append(program.seconds)
+
+    for _ in range(2):
+        worker.run(program, answer, keep=lambda: True)
+        # What follows, the dump, belongs to the turn as well.
+        assert 0 < told[-1] <= program.seconds == worker.script_seconds
+        # A next turn that begins elsewhere counts from 0.
+        program.host.begin_turn()
+    assert told[0] < told[1]
+    worker.close()
+
+
 # The process dies while it makes the dump of a turn whose end has been told.
 
 

@@ -85,3 +85,12 @@ def test_after_its_turn_a_script_breaks_no_time_limit(clock: Clock, watch: Watch
     watch.end_script()
     watch.check()
     assert watch.fault is None and watch.computed() == pytest.approx(0.2)
+
+
+def test_what_a_turn_asked_for_is_counted_once_it_has_ended(clock: Clock, watch: Watch) -> None:
+    watch.program.host.seconds, watch.program.host.long_seconds = 0.25, 0.5
+    clock.pass_(1, 0.125)
+    watch.end_script()
+    watch.program.host.begin_turn()
+    watch.end_script()
+    assert watch.total() == pytest.approx(0.875)

@@ -32,12 +32,15 @@ class Watch:
         """Why the turn's process was killed, if it was."""
         self.began = False
         """Whether the script has run: from then on a turn cannot be repeated."""
+        self.counted = 0.0
+        """How much of its `total` the program and its worker have noted."""
         self._late_steps = 0
         self._was_started = program.started
         self._limit = limits.step_seconds * limits.late_steps if program.started else limits.init_seconds
         self._pid = 0
         self._started = self._script_started = self._first = self._last = 0.0
         self._script_runs = False
+        self._asked = 0.0
         self._computed = self._last_computed = self._last_moved = 0.0
 
     def begin(self, pid: int) -> None:
@@ -54,8 +57,12 @@ class Watch:
 
     def end_script(self) -> None:
         """The script has stopped at an await, or for good."""
-        self._computed = self.computed()
-        self._script_runs = False
+        if self._script_runs:
+            self._computed = self.computed()
+            self._script_runs = False
+            # Once the script is kept, another worker may begin its next turn and count from 0.
+            host = self.program.host
+            self._asked = host.seconds + host.long_seconds
 
     def computed(self) -> float:
         """CPU seconds of the script in this turn, its questions in this process included."""
@@ -64,9 +71,8 @@ class Watch:
         return self._computed
 
     def total(self) -> float:
-        """CPU seconds of the turn, as far as its process lived, and of all that it asked for."""
-        host = self.program.host
-        return self._seconds() - self._first + host.seconds + host.long_seconds
+        """CPU seconds of a turn that has ended, as far as its process lived, and of what it asked for."""
+        return self._seconds() - self._first + self._asked
 
     def check(self) -> float:
         """Kill the process when the script computed for too long, or hangs. Seconds since the turn began."""

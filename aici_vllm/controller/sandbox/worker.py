@@ -188,6 +188,8 @@ class Worker:
         with self._lock:
             self._answered = True
         suspended = program.suspended
+        # First: the branch that hears of its end is asked at once what it has used.
+        self._count_seconds(watch)
         answer(turn)
         if live.stopped is None:
             self.let_go()
@@ -262,6 +264,11 @@ class Worker:
             with self._lock:
                 self._watch = None
             watch.end_script()
-            seconds = watch.total()
-            watch.program.seconds += seconds
-            self.script_seconds += seconds
+            self._count_seconds(watch)
+
+    def _count_seconds(self, watch: Watch) -> None:
+        """Add what the turn has used since this was last done."""
+        seconds = watch.total() - watch.counted
+        watch.counted += seconds
+        watch.program.seconds += seconds
+        self.script_seconds += seconds
