@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from constraints import ConstraintError, Vocabulary
+from constraints import ConstraintError, Vocabulary, token_bytes
 
 TEXTS = ["hello world", " two  spaces", "Größe 日本語 😀", "a\n\n\tb", "1234.5", "", "<|im_end|> x"]
 
@@ -51,6 +51,39 @@ def test_sentencepiece_bytes():
     # No artificial space in front, and bytes for what has no token.
     assert v.detokenize(v.tokenize("ab")) == b"ab"
     assert v.detokenize(v.tokenize("a 日b")) == "a 日b".encode()
+
+
+class Batches:
+    """A tokenizer that takes long texts in batches only."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.lengths: list[int] = []
+
+    def encode(self, text: str, add_special_tokens: bool):
+        self.lengths.append(len(text))
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool):
+        return self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [sentencepiece(), byte_level()], ids=["sentencepiece", "byte level"])
+def test_a_long_text_is_encoded_where_other_threads_may_run(tokenizer: Tokenizer, monkeypatch):
+    batches: list[Batches] = []
+    plain_encoder = token_bytes._plain_encoder
+
+    def encoder(backend, spec):
+        batches.append(Batches(plain_encoder(backend, spec)))
+        return batches[-1]
+
+    monkeypatch.setattr(token_bytes, "_plain_encoder", encoder)
+    read = token_bytes.read_tokenizer(tokenizer)
+    (only,) = batches
+    long = " naïve tool<s> a日b<|endoftext|>" * 200
+    assert list(read.encode(long)) == only.tokenizer.encode(long, add_special_tokens=False).ids
+    assert list(read.encode("ab")) == only.tokenizer.encode("ab", add_special_tokens=False).ids
+    assert only.lengths == [2]
 
 
 def test_unigram_and_metaspace():
