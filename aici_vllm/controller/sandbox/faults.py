@@ -19,6 +19,9 @@ _IN_CALLBACK = re.compile(r"external function '(.+)' cannot suspend in this sync
 LONGEST_MESSAGE = 1000
 """Characters of a script's own message that a client is told."""
 
+PIECE = 1 << 14
+"""Characters of a script in which line ends are counted at once."""
+
 UNSUPPORTED = "The monty syntax parser does not yet support "
 
 CATCHABLE: tuple[ExcType, ...] = (
@@ -59,15 +62,15 @@ def in_script(error: MontyRuntimeError | MontySyntaxError) -> bool:
 
 def script_fault(error: MontyRuntimeError | MontySyntaxError, source: str, limits: Limits) -> Raised:
     """The end of a script that raised."""
-    lines = source.split("\n")
-    frames = [f for f in error.traceback() if f.filename == SCRIPT_FILE and f.line <= len(lines)]
+    count = source.count("\n") + 1
+    frames = [f for f in error.traceback() if f.filename == SCRIPT_FILE and f.line <= count]
     message = error.display(format="type-msg")
     # First: a million lines, taken apart and put together, hold the interpreter up for everybody else.
     cut = "..." if len(message) > LONGEST_MESSAGE else ""
     message = _in_our_words(message[:LONGEST_MESSAGE].replace("\n", " "), limits) + cut
     details = [f"{message}\n"]
     if frames:
-        details = ["Traceback (most recent call last):\n", *_traceback(frames, lines), *details]
+        details = ["Traceback (most recent call last):\n", *_traceback(frames, source), *details]
         message = f"{message} (line {frames[-1].line})"
     return Raised(message, "".join(details))
 
@@ -100,7 +103,7 @@ def long_limit(limits: Limits) -> str:
     )
 
 
-def _traceback(frames: list[Frame], lines: list[str]) -> Iterator[str]:
+def _traceback(frames: list[Frame], source: str) -> Iterator[str]:
     cut = len(frames) - SHOWN_FRAMES
     for number, frame in enumerate(frames):
         if cut > 0 and number == SHOWN_FRAMES // 2:
@@ -108,4 +111,15 @@ def _traceback(frames: list[Frame], lines: list[str]) -> Iterator[str]:
         if cut > 0 and SHOWN_FRAMES // 2 <= number < SHOWN_FRAMES // 2 + cut:
             continue
         yield f'  File "<script>", line {frame.line}, in {frame.function_name or "<module>"}\n'
-        yield f"    {lines[frame.line - 1].strip()}\n"
+        yield f"    {_line(source, frame.line).strip()}\n"
+
+
+def _line(source: str, number: int) -> str:
+    """The start of a line that the source has. To split all of a long source would hold everybody else up."""
+    at, left = 0, number - 1
+    while left > (here := source.count("\n", at, at + PIECE)):
+        at, left = at + PIECE, left - here
+    for _ in range(left):
+        at = source.index("\n", at) + 1
+    end = source.find("\n", at, at + LONGEST_MESSAGE)
+    return source[at : at + LONGEST_MESSAGE if end < 0 else end]
