@@ -14,6 +14,7 @@ from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult
 from aici_vllm.controller.errors import LimitError
 from constraints import Constraint, Vocabulary
+from constraints.vocabulary import once_per_vocabulary
 
 MOST_NAMES = 256
 """Variables that one `wait_vars` may name: whoever waits looks for all of them again and again."""
@@ -24,15 +25,27 @@ def fixed_text(branch: Branch, text: str | bytes, following: int | None = None) 
 
     Raises:
         TypeError: `text` is neither str nor bytes.
-        ValueError: the mark is gone.
+        ValueError: the mark is gone, or the text is longer than any that the model's context holds.
     """
     if not isinstance(text, (str, bytes)):
         raise TypeError(f"FixedTokens takes str or bytes, not {type(text).__name__}")
+    context = branch.group.context
+    if len(text) > context * _longest_text(branch.group.vocabulary):
+        raise ValueError(
+            f"the tokens of fixed text do not fit: {len(text)} characters are more than {context} tokens, "
+            "which the model's context holds, can spell"
+        )
     if following is not None:
         branch.sequence.position(following)
     if branch.log_level >= 1:
         branch.log.write(f"FIXED {text!r}\n")
     return FixedText(branch.group.vocabulary.tokenize(text), following)
+
+
+@once_per_vocabulary
+def _longest_text(vocabulary: Vocabulary) -> int:
+    """Bytes in the longest token, special ones as they are spelled."""
+    return max(len(vocabulary.token_text(token)) for token in range(vocabulary.size))
 
 
 def generate(

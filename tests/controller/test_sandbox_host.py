@@ -10,7 +10,7 @@ from aici_vllm.controller import branch as branch_module
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.sandbox import SandboxPool, host
 from constraints import Constraint, Vocabulary
-from tests.controller.scripts import run_script, script
+from tests.controller.scripts import VOCABULARY, run_script, script
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,37 @@ def test_the_engine_does_not_check_again_what_the_host_has_made(
     """
     engine = run_script(pool, script(body))
     assert [engine.text(branch) for branch in engine.group.branches] == ["0", "ab1"]
+
+
+# Text.
+
+
+def test_long_lists_of_tokens_become_text_piece_by_piece(
+    pool: SandboxPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    detokenize = VOCABULARY.detokenize
+
+    def noted(ids: list[int]) -> bytes:
+        lengths.append(len(ids))
+        return detokenize(ids)
+
+    monkeypatch.setattr(VOCABULARY, "detokenize", noted)
+    body = """
+    print(aici.detokenize([97] * 10_000) == b"a" * 10_000, aici.detokenize([]))
+    for word in (aici.detokenize, aici.tokens_repr):
+        try:
+            word([258] * 220_000)
+        except ValueError as error:
+            print(error)
+    await aici.Noop()
+    """
+    assert str(run_script(pool, script(body)).group.root.log) == (
+        "True b''\n"
+        "the text of 220000 tokens is longer than 1048576 bytes\n"
+        "tokens_repr() takes 65536 tokens at most, not 220000\n"
+    )
+    assert max(lengths) == host.PIECE and sum(lengths) < 10_000 + 220_000
 
 
 # What a turn may ask for.

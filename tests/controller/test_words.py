@@ -68,6 +68,19 @@ def test_fixed_text_follows_a_mark_that_stands(branch: Branch) -> None:
         words.fixed_text(branch, "a", mark + 1)
 
 
+def test_a_text_that_cannot_fit_is_not_tokenized(branch: Branch, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized: list[str | bytes] = []
+    monkeypatch.setattr(VOCABULARY, "tokenize", lambda text: tokenized.append(text) or [])
+    # 50 tokens of 5 bytes each, the longest ones.
+    words.fixed_text(branch, "x" * 250)
+    for text in "x" * 251, b"x" * 251:
+        with pytest.raises(
+            ValueError, match="tokens of fixed text do not fit: 251 characters are more than 50"
+        ):
+            words.fixed_text(branch, text)
+    assert len(tokenized) == 1
+
+
 # Generations.
 
 SCHEMA = {"type": "integer"}

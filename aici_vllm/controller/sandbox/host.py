@@ -29,6 +29,12 @@ MOST_CONSTRAINTS = 256
 LARGEST_ARGUMENT = 1 << 20
 """Characters, bytes and items that one call may hand over, all its arguments together."""
 
+PIECE = 1 << 12
+"""Tokens that are turned into text at once, while no other thread runs."""
+
+MOST_SHOWN = 1 << 16
+"""Tokens that `tokens_repr` takes."""
+
 
 class OutOfTime(Exception):
     """What the turn has asked for took too long: it ends, whatever the script would do about it."""
@@ -206,7 +212,17 @@ def tokenize(host: Host, text: str | bytes) -> list[int]:
 
 @_word
 def detokenize(host: Host, tokens: list[int]) -> bytes:
-    return host.vocabulary.detokenize(_ids(tokens))
+    return _text(host, _ids(tokens))
+
+
+def _text(host: Host, tokens: list[int]) -> bytes:
+    """As `detokenize`, bounded, and never held up by one piece of it for long."""
+    text = bytearray()
+    for start in range(0, len(tokens), PIECE):
+        text += host.vocabulary.detokenize(tokens[start : start + PIECE])
+        if len(text) > LARGEST_ARGUMENT:
+            raise ValueError(f"the text of {len(tokens)} tokens is longer than {LARGEST_ARGUMENT} bytes")
+    return bytes(text)
 
 
 @_word
@@ -216,7 +232,9 @@ def token_repr(host: Host, token: int) -> str:
 
 @_word
 def tokens_repr(host: Host, tokens: list[int]) -> str:
-    return host.vocabulary.tokens_repr(_ids(tokens))
+    if len(_ids(tokens)) > MOST_SHOWN:
+        raise ValueError(f"tokens_repr() takes {MOST_SHOWN} tokens at most, not {len(tokens)}")
+    return host.vocabulary.tokens_repr(tokens)
 
 
 @_word
