@@ -7,6 +7,17 @@ from constraints import ConstraintError, Vocabulary, prepare
 
 
 def model_vocabulary(model_config: ModelConfig) -> Vocabulary:
+    """`read_vocabulary` with what masks over it need, so that no request waits for it.
+
+    Raises:
+        ConstraintError: as `read_vocabulary`.
+    """
+    vocabulary = read_vocabulary(model_config)
+    prepare(vocabulary)
+    return vocabulary
+
+
+def read_vocabulary(model_config: ModelConfig) -> Vocabulary:
     """The tokens of the model's tokenizer, as many as its output has rows.
 
     A sequence ends with the tokenizer's own end token, or with any that the model's generation
@@ -24,7 +35,4 @@ def model_vocabulary(model_config: ModelConfig) -> Vocabulary:
     if not found:
         raise ConstraintError("controllers need an end-of-sequence token, and the model names none")
     size = model_config.get_vocab_size()
-    vocabulary = Vocabulary.from_tokenizer(tokenizer, size=size, eos_token_ids=found)
-    # While the engine starts, so that the first request does not wait for it.
-    prepare(vocabulary)
-    return vocabulary
+    return Vocabulary.from_tokenizer(tokenizer, size=size, eos_token_ids=found)

@@ -4,7 +4,6 @@ import logging
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from http import HTTPStatus
 from typing import Any
 
@@ -25,7 +24,7 @@ from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.engine import admission, compat
 from aici_vllm.engine.live import EVENTS, LIVE
 from aici_vllm.engine.results import RESULTS_KEY
-from aici_vllm.engine.vocabulary import model_vocabulary
+from aici_vllm.engine.vocabulary import read_vocabulary
 from aici_vllm.server import routes
 from aici_vllm.server.catalog import Catalog
 from aici_vllm.server.errors import ServiceError, StoreError, UnknownControllerError, bad_request
@@ -97,12 +96,14 @@ class VLLMFront:
         self._engine = engine_client
         self._state = state
         self.context = engine_client.model_config.max_model_len
+        # Now, and not when the first run asks: it takes a second. Without controllers nothing asks.
+        runs = admission.runs_controllers(engine_client.vllm_config)
+        self._vocabulary = read_vocabulary(engine_client.model_config) if runs else None
 
-    @cached_property
-    def token_bytes(self) -> Callable[[int], bytes]:
-        """What a token adds to the text; read from the tokenizer when the first run asks."""
-        vocabulary = model_vocabulary(self._engine.model_config)
-        return lambda token: vocabulary.detokenize([token])
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text."""
+        assert self._vocabulary is not None
+        return self._vocabulary.detokenize([token])
 
     async def render(self, request: RunRequest, prompt: str) -> Rendered:
         """The prompt, or the messages in the model's chat template, as tokens.

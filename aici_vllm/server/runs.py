@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from aici_vllm.server.catalog import NONE, PYCTRL, Catalog
 from aici_vllm.server.errors import bad_request
-from aici_vllm.server.events import RunEvents, TokenBytes, plain_event
+from aici_vllm.server.events import RunEvents, plain_event
 from aici_vllm.server.protocol import Error, ErrorAnswer, InitialRun, Run, RunRequest
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class Front(Protocol):
     events_key: str
     results_key: str
 
-    @property
-    def token_bytes(self) -> TokenBytes:
+    def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text."""
         ...
 

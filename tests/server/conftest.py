@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,9 +75,8 @@ class FakeFront:
     events_key: str = "events"
     results_key: str = "controller"
 
-    @property
-    def token_bytes(self) -> Callable[[int], bytes]:
-        return lambda token: bytes([token])
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
 
     async def render(self, request: RunRequest, prompt: str) -> Rendered:
         text = prompt if request.messages is None else repr(request.messages)
