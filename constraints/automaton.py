@@ -317,10 +317,20 @@ def _counter(term: Term) -> tuple[tuple[object, ...], float]:
 # UTF-8 ----------------------------------------------------------------------------------------------------
 
 
-@lru_cache(4096)
+MAX_KEPT_RANGES = 16
+"""Ranges of a class whose UTF-8 is remembered: classes may be as large as patterns."""
+
+
 def utf8(ranges: Ranges) -> Sequences:
     """The UTF-8 of the code points in `ranges`: sequences of byte ranges that together match exactly them."""
+    return _kept_utf8(ranges) if len(ranges) <= MAX_KEPT_RANGES else _utf8(ranges)
+
+
+def _utf8(ranges: Ranges) -> Sequences:
     return tuple(sequence for low, high in ranges for sequence in _utf8_range(low, high))
+
+
+_kept_utf8 = lru_cache(1024)(_utf8)
 
 
 LAST_OF_LENGTH = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
+from operator import itemgetter
 
 from constraints.errors import ConstraintError
 
 Ranges = tuple[tuple[int, int], ...]
 """Code points as sorted, disjoint, inclusive ranges."""
 
+MAX_PATTERN = 50_000
+"""Characters of a pattern."""
 MAX_DEPTH = 100
 MAX_POSITIONS = 20_000
 """Characters that a pattern may match in sequence, counted repeats written out."""
+MAX_RANGES = 100_000
+"""Ranges of code points in all classes of a pattern together. `\\p{L}` has 648."""
 
 TOP = 0x10FFFF
 SURROGATES = (0xD800, 0xDFFF)
@@ -58,7 +65,8 @@ EMPTY_TEXT = Cat(())
 def normal(ranges: list[tuple[int, int]]) -> Ranges:
     """Sorted and merged, surrogates removed: no text has them."""
     merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
+    # By one number: pairs take four times as long, and no other thread runs meanwhile.
+    for low, high in sorted(ranges, key=itemgetter(0)):
         if merged and low <= merged[-1][1] + 1:
             merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
         else:
@@ -115,6 +123,9 @@ UNSUPPORTED_GROUPS = (
     ("P=", "back reference"), ("P>", "recursion"), ("#", "comment"), ("(", "condition"),
 )  # fmt: skip
 INLINE_FLAGS = re.compile(r"\(\?[a-z-]+\)")
+BOUNDS = re.compile(r"\{(?:([0-9]+)(?:(,)([0-9]*))?|(,)([0-9]+))\}")
+FEW = 256
+"""Characters that are sooner folded one by one than looked up among all that have a case."""
 SIGNS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 HEX_LENGTH = {"x": 2, "u": 4, "U": 8}
 
@@ -130,19 +141,31 @@ def _category_runs() -> list[tuple[str, int, int]]:
     return runs
 
 
-@cache
-def category(name: str) -> Ranges | None:
-    """The code points of a Unicode general category such as `L` or `Lu`; None when there is no such one."""
-    return normal([(low, high) for known, low, high in _category_runs() if known.startswith(name)]) or None
+@lru_cache(128)
+def category(name: str, negated: bool = False) -> Ranges | None:
+    """The code points of a Unicode general category such as `L` or `Lu`, or all but those.
+
+    None when there is no such one.
+    """
+    found = normal([(low, high) for known, low, high in _category_runs() if known.startswith(name)])
+    return (negate(found) if negated else found) or None
 
 
 @cache
+def _cased() -> list[int]:
+    """The code points that have another case."""
+    # Above the last cased plane nothing folds.
+    return [code for code in range(0x1E944) if chr(code).lower() != chr(code).upper()]
+
+
 def any_case(ranges: Ranges) -> Ranges:
     """`ranges` with the other case of every character, where that is one character."""
     found = list(ranges)
     for low, high in ranges:
-        # Large ranges are rare and their cased letters few; above the last cased plane nothing folds.
-        for code in range(low, min(high, 0x1E943) + 1):
+        codes: Sequence[int] = range(low, high + 1)
+        if len(codes) > FEW:
+            codes = _cased()[bisect_left(_cased(), low) : bisect_right(_cased(), high)]
+        for code in codes:
             for other in (chr(code).lower(), chr(code).upper()):
                 if len(other) == 1 and ord(other) != code:
                     found.append((ord(other), ord(other)))
@@ -155,6 +178,11 @@ def parse(pattern: str) -> Tree:
     The language is what Python's and Rust's engines share: `\\d \\w \\s` are ASCII, `.` is any character but
     a newline, lazy quantifiers match what greedy ones do. `ConstraintError` names the place of anything else.
     """
+    if len(pattern) > MAX_PATTERN:
+        raise ConstraintError(
+            f"regex {shown(pattern)} has {len(pattern)} characters; {MAX_PATTERN} are allowed,"
+            " so use `options` for a list of texts"
+        )
     tree = _Parser(pattern).parse()
     # Without counted repeats there are at most as many as the pattern has characters.
     counted = "{" in pattern or len(pattern) > MAX_POSITIONS
@@ -190,6 +218,7 @@ class _Parser:
         self.pattern = pattern
         self.at = 0
         self.depth = 0
+        self.num_ranges = 0
         self.ignore_case = False
         self.dot_all = False
 
@@ -218,6 +247,18 @@ class _Parser:
         self.at += 1
         return self.pattern[self.at - 1]
 
+    def _count(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.num_ranges += len(ranges)
+        if self.num_ranges > MAX_RANGES:
+            raise self._error(f"the classes have more than {MAX_RANGES} ranges of characters together")
+
+    def _cased(self, ranges: Ranges) -> Ranges:
+        return any_case(ranges) if self.ignore_case else ranges
+
+    def _chars(self, ranges: Ranges) -> Chars:
+        self._count(ranges)
+        return Chars(ranges)
+
     def _alternation(self) -> Tree:
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -243,9 +284,9 @@ class _Parser:
         if char == "(":
             return self._group(at)
         if char == "[":
-            return Chars(self._cased(self._char_class(at)))
+            return self._chars(self._char_class(at))
         if char == ".":
-            return Chars(ANY if self.dot_all else DOT)
+            return self._chars(ANY if self.dot_all else DOT)
         if char == "\\":
             return self._escape_atom(at)
         if char in "^$":
@@ -253,16 +294,16 @@ class _Parser:
             return None
         if char in "*+?":
             raise self._error(f"nothing to repeat before '{char}'", at)
-        return Chars(self._cased(of_chars(char)))
-
-    def _cased(self, ranges: Ranges) -> Ranges:
-        return any_case(ranges) if self.ignore_case else ranges
+        return self._chars(self._cased(of_chars(char)))
 
     def _check_anchor(self, name: str, at: int) -> None:
         """Anchors at the ends of the pattern, or of its alternatives, say what a full match says anyway."""
         if name in ("^", "\\A"):
-            before = self.pattern[:at]
-            useless = before == "" or before.endswith("|") or bool(INLINE_FLAGS.fullmatch(before))
+            useless = (
+                at == 0
+                or self.pattern[at - 1] == "|"
+                or INLINE_FLAGS.fullmatch(self.pattern, 0, at) is not None
+            )
         else:
             useless = self.at == len(self.pattern) or self._peek("|")
         if self.depth > 1 or not useless:
@@ -325,17 +366,16 @@ class _Parser:
         if sign in SIGNS:
             self.at += 1
             return SIGNS[sign]
-        if sign != "{" or (end := self.pattern.find("}", self.at)) < 0:
+        found = BOUNDS.match(self.pattern, self.at)
+        if found is None:
             return None
-        low, comma, high = self.pattern[self.at + 1 : end].partition(",")
-        if not (low + high).isdecimal() or not (low + high).isascii() or not (low.isdecimal() or comma):
-            return None
-        if (low and not low.isdecimal()) or (high and not high.isdecimal()):
-            return None
+        low, high = found[1] or "", found[3] or found[5] or ""
         if max(len(low), len(high)) > 9:
             raise self._error("the repeat count is too large")
-        self.at = end + 1
-        return int(low or 0), (int(high) if high else None) if comma else int(low)
+        self.at = found.end()
+        if not (found[2] or found[4]):
+            return int(low), int(low)
+        return int(low or 0), int(high) if high else None
 
     def _escape_atom(self, at: int) -> Tree | None:
         char = self._next("an escaped character")
@@ -346,8 +386,7 @@ class _Parser:
             raise self._error(f"the assertion '\\{char}' is not supported", at)
         if (char.isdecimal() and char != "0") or char == "k":
             raise self._error("a back reference is not supported", at)
-        ranges = self._escape(char, at)
-        return Chars(self._cased(ranges))
+        return self._chars(self._cased(self._escape(char, at)))
 
     def _escape(self, char: str, at: int) -> Ranges:
         """The characters of the escape whose letter is `char`."""
@@ -374,7 +413,7 @@ class _Parser:
             if len(digits) != HEX_LENGTH[kind]:
                 raise self._error(f"'\\{kind}' needs {HEX_LENGTH[kind]} hexadecimal digits", at)
         if not digits or len(digits) > 8 or any(d not in "0123456789abcdefABCDEF" for d in digits):
-            raise self._error(f"'{digits}' is not a hexadecimal code point", at)
+            raise self._error(f"{shown(digits)} is not a hexadecimal code point", at)
         code = int(digits, 16)
         if code > TOP or SURROGATES[0] <= code <= SURROGATES[1]:
             raise self._error(f"U+{code:X} is not a character", at)
@@ -389,12 +428,14 @@ class _Parser:
             name, self.at = self.pattern[self.at : end], end + 1
         if name.startswith("^"):
             name, negated = name[1:], not negated
-        known = category(name) if 1 <= len(name) <= 2 and name[0] in "LMNPSZC" else None
         if name == "Any":
-            known = ANY
+            return () if negated else ANY
+        known = category(name, negated) if 1 <= len(name) <= 2 and name[0] in "LMNPSZC" else None
         if known is None:
-            raise self._error(f"the Unicode property '{name}' is not supported; use a general category", at)
-        return negate(known) if negated else known
+            raise self._error(
+                f"the Unicode property {shown(name)} is not supported; use a general category", at
+            )
+        return known
 
     def _char_class(self, at: int) -> Ranges:
         negated = self._take("^")
@@ -405,12 +446,13 @@ class _Parser:
                 raise self._error("this '[' is never closed", at)
             if self._peek("&&"):
                 raise self._error("class intersection '&&' is not supported")
-            found += self._class_item()
+            item = self._class_item()
+            self._count(item)
+            found += item
             first = False
         self.at += 1
-        ranges = normal(found)
         # Case must be folded before the complement is taken: (?i)[^a] excludes A too.
-        ranges = self._cased(ranges)
+        ranges = self._cased(normal(found))
         return negate(ranges) if negated else ranges
 
     def _class_item(self) -> list[tuple[int, int]]:
@@ -420,7 +462,7 @@ class _Parser:
             name = self.pattern[self.at : end] if end >= 0 else ""
             known = POSIX.get(name.lstrip("^"))
             if known is None:
-                raise self._error(f"'[:{name}:]' is not a POSIX class", at)
+                raise self._error(f"{shown(f'[:{name}:]')} is not a POSIX class", at)
             self.at = end + 2
             return list(negate(known) if name.startswith("^") else known)
         low = self._class_char()

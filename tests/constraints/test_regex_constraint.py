@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from random import Random
+from typing import SupportsIndex
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constraints import ConstraintError, regex, regex_syntax
-from constraints.automaton import DEAD
+from constraints.automaton import DEAD, _kept_utf8
 from constraints.regex_automaton import RegexAutomaton
 from tests.constraints.regex_oracle import RegexOracle
 from tests.constraints.walks import small_vocabulary, walk
@@ -86,6 +87,8 @@ PATTERNS = [
     ".*a.{3}",
     "a{0,5}a{0,5}a{2}",
     "x{2}a|x{2}b|[a-b]*",
+    "abc|ab|abd|a|b(a|ba|)|ba1",
+    "(a?b|a?c|a?|bb)*1",
 ]
 
 
@@ -194,6 +197,53 @@ def test_what_is_not_supported_is_named_with_its_place(pattern: str, what: str, 
 def test_a_pattern_that_is_too_large_is_refused(pattern: str):
     with pytest.raises(ConstraintError, match="repeat"):
         regex(VOCABULARY, pattern)
+
+
+class Counted(str):
+    """Text that counts the characters that are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        part = super().__getitem__(key)
+        Counted.copied += len(part)
+        return part
+
+
+@pytest.mark.parametrize("pattern", ["^|" * 5_000, "a{" * 5_000 + "}", "a{1" * 5_000, "(?:a)" * 3_000])
+def test_a_pattern_is_read_once(pattern: str):
+    Counted.copied = 0
+    regex_syntax.parse(Counted(pattern))
+    assert Counted.copied < 5 * len(pattern)
+
+
+def test_a_long_pattern_is_refused_before_it_is_read():
+    with pytest.raises(ConstraintError, match=r"50001 characters; 50000 are allowed"):
+        regex(VOCABULARY, "[" + "a" * 49_999 + "]")
+    regex(VOCABULARY, "[" + "a" * 49_998 + "]")
+
+
+@pytest.mark.parametrize("pattern", [r"\PL" * 200, r"[\pL\pL]" * 80, "[" + r"\pL" * 200 + "]"])
+def test_classes_of_too_many_ranges_are_refused(pattern: str):
+    with pytest.raises(ConstraintError, match="classes have more than 100000 ranges"):
+        regex(VOCABULARY, pattern)
+
+
+def test_large_classes_are_kept_by_no_cache():
+    kept = _kept_utf8.cache_info().currsize
+    for start in range(0x4E00, 0x4E04):
+        pattern = "(?i)[" + "".join(map(chr, range(start, start + 2_000, 2))) + "]+"
+        RegexAutomaton(regex_syntax.parse(pattern))
+    assert _kept_utf8.cache_info().currsize == kept
+
+
+def test_the_case_of_a_large_class_is_that_of_its_characters():
+    one_by_one = [span for code in range(0x61, 0x500) for span in regex_syntax.any_case(((code, code),))]
+    assert regex_syntax.any_case(((0x61, 0x4FF),)) == regex_syntax.normal(one_by_one)
+    tree = regex_syntax.parse("(?i)[^k]")
+    assert isinstance(tree, regex_syntax.Chars)
+    # U+212A is no k by itself, but its lower case is one.
+    assert not any(low <= ord("k") <= high for low, high in tree.ranges)
 
 
 def test_deep_nesting_is_refused():
