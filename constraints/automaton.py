@@ -7,9 +7,11 @@ that nest are followed too: what is left of the outer ones then stands in the te
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from threading import Lock
 from typing import TypeVar, cast
 
@@ -90,9 +92,12 @@ class Automaton:
     start = 0
     max_terms: int | None = None
     """Terms of one state, beyond which it is a `ConstraintError`."""
+    max_new_terms: int | None = None
+    """Terms that are made for one state, beyond which it is a `ConstraintError`."""
 
     def __init__(self) -> None:
         self._interned: dict[tuple[object, ...], Term] = {}
+        self._most_interned = float("inf")
         self.epsilon = self._intern(Term, True, "epsilon")
         self._states: list[tuple[Term, ...]] = []
         self._numbers: dict[tuple[Term, ...], int] = {}
@@ -115,6 +120,7 @@ class Automaton:
         if known is None:
             # A script's thread may step an automaton that the engine's thread steps too.
             with self._lock:
+                self._make_room()
                 known = self._rows[state] = self._rows[state] or self._expand(self._states[state])
         return known
 
@@ -126,6 +132,13 @@ class Automaton:
                 return DEAD
         return state
 
+    def next_bytes(self, state: int) -> bytes:
+        """Every byte that may follow `state`, ascending."""
+        spans = [span for term in self._states[state] for span, _ in self.steps_of(term)]
+        if len(spans) == 1:
+            return bytes(range(spans[0][0], spans[0][1] + 1))
+        return bytes(byte for byte, after in enumerate(self.row(state)) if after != DEAD)
+
     def terms_of(self, state: int) -> tuple[Term, ...]:
         """What may still follow `state`: the text matches one of these terms."""
         return self._states[state]
@@ -134,13 +147,23 @@ class Automaton:
         """What may follow each first byte of `term`."""
         if term.steps is None:
             with self._lock:
+                self._make_room()
                 return self._steps(term)
         return term.steps
 
     def joined(self, head: Term, tail: Term) -> Term:
         """`head` and then `tail`, for who has no automaton to build."""
         with self._lock:
+            self._make_room()
             return self.cat(head, tail)
+
+    def num_terms(self) -> int:
+        """How many terms it remembers."""
+        return len(self._interned)
+
+    def _make_room(self) -> None:
+        if self.max_new_terms is not None:
+            self._most_interned = len(self._interned) + self.max_new_terms
 
     # Construction -----------------------------------------------------------------------------------------
 
@@ -148,6 +171,10 @@ class Automaton:
         key = (kind, *parts)
         term = self._interned.get(key)
         if term is None:
+            if len(self._interned) >= self._most_interned:
+                raise ConstraintError(
+                    f"its repeats of long repeats take more than {self.max_new_terms} terms to follow"
+                )
             term = self._interned[key] = kind(nullable, len(self._interned))
         return cast(T, term)
 
@@ -176,10 +203,7 @@ class Automaton:
 
     def alt(self, options: list[Term]) -> Term:
         """Any of the options, of which there is one at least."""
-        flat: dict[Term, None] = {}
-        for option in options:
-            flat.update(dict.fromkeys(option.options if isinstance(option, Alt) else [option]))
-        ordered = tuple(flat)
+        ordered = tuple(flat(options))
         if len(ordered) == 1:
             return ordered[0]
         made = self._intern(Alt, any(o.nullable for o in ordered), ordered)
@@ -262,24 +286,41 @@ class Automaton:
 
     def _expand(self, state: tuple[Term, ...]) -> list[int]:
         steps = [step for term in state for step in self._steps(term)]
+        row = [DEAD] * 256
         if len(steps) == 1:
             (low, high), after = steps[0]
-            return [DEAD] * low + [self._number([after])] * (high + 1 - low) + [DEAD] * (255 - high)
-        edges = sorted({edge for (low, high), _ in steps for edge in (low, high + 1)})
-        row = [DEAD] * 256
-        for low, end in pairwise(edges):
-            targets = {term: None for (first, last), term in steps if first <= low and end - 1 <= last}
+            row[low : high + 1] = [self._number([after])] * (high + 1 - low)
+            return row
+        begun: defaultdict[int, list[Term]] = defaultdict(list)
+        ended: defaultdict[int, list[Term]] = defaultdict(list)
+        for (low, high), after in steps:
+            begun[low].append(after)
+            ended[high + 1].append(after)
+        # From the lowest byte to the highest: where they lead, and by how many steps.
+        targets: dict[Term, int] = {}
+        for low, end in pairwise(sorted(begun.keys() | ended.keys())):
+            for after in ended.get(low, ()):
+                targets[after] -= 1
+                if not targets[after]:
+                    del targets[after]
+            for after in begun.get(low, ()):
+                targets[after] = targets.get(after, 0) + 1
             if targets:
                 row[low:end] = [self._number(list(targets))] * (end - low)
         return row
 
     def _number(self, terms: list[Term]) -> int:
         """The state of a set of terms."""
-        state = tuple(sorted(self._absorb(terms), key=lambda term: term.order))
+        state = tuple(terms)
+        if len(state) > 1:
+            state = tuple(sorted(self._absorb(terms), key=attrgetter("order")))
         number = self._numbers.get(state)
         if number is None:
             if self.max_terms is not None and len(state) > self.max_terms:
-                raise ConstraintError(f"a state has {len(state)} terms, more than {self.max_terms}")
+                raise ConstraintError(
+                    f"the text so far can be read in {len(state)} ways at once, and {self.max_terms} are"
+                    " allowed; use a regex whose repeats overlap less"
+                )
             number = self._numbers[state] = len(self._states)
             self._states.append(state)
             self._rows.append(None)
@@ -289,14 +330,25 @@ class Automaton:
 
     def _absorb(self, terms: list[Term]) -> list[Term]:
         """`terms` without those that a term with a larger counter covers: `x{0,9}` covers `x{0,8}`."""
-        if len(terms) == 1:
-            return terms
         widest: dict[tuple[object, ...], tuple[float, Term]] = {}
         for term in terms:
             key, high = _counter(term)
             if key not in widest or high > widest[key][0]:
                 widest[key] = (high, term)
         return [term for _, term in widest.values()]
+
+
+def flat(options: list[Term]) -> dict[Term, None]:
+    """Every one of `options` once, and of those that are options themselves theirs."""
+    found: dict[Term, None] = {}
+    for option in options:
+        found.update(dict.fromkeys(option.options if isinstance(option, Alt) else [option]))
+    return found
+
+
+def split(term: Term) -> tuple[Term, Term | None]:
+    """What `term` begins with, and the rest of it."""
+    return (term.head, term.tail) if isinstance(term, Cat) else (term, None)
 
 
 def _counter(term: Term) -> tuple[tuple[object, ...], float]:

@@ -29,7 +29,7 @@ from constraints.token_set import Row, pack
 from constraints.trie import StepTable, trie_of
 from constraints.vocabulary import Vocabulary
 
-FORMAT = "index 1"
+FORMAT = "index 2"
 """Part of every file name: raise when masks or names of states change."""
 MAX_ROW_BYTES = 64 * 1024 * 1024
 """Distinct masks of one index."""

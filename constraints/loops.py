@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from constraints.automaton import DEAD, Alt, Automaton, Bytes, Cat, Repeat, Sequences, Term, utf8
+from constraints.automaton import DEAD, Alt, Automaton, Bytes, Cat, Repeat, Sequences, Term, split, utf8
 from constraints.byte_rows import ASCII, ByteRows, Span, byte_rows_of
 from constraints.regex_syntax import SURROGATES, TOP
 from constraints.token_set import Row, unpack
@@ -56,10 +56,10 @@ class Loop:
 def loop_of(automaton: Automaton, term: Term) -> Loop | None:
     """What `term` begins with, when that is a loop."""
     first = None
-    head, rest = _split(term)
+    head, rest = split(term)
     if isinstance(head, Bytes) and rest is not None and all(len(part) == 1 for part in head.sequences):
         first = [sequence[0] for sequence in head.sequences]
-        head, rest = _split(rest)
+        head, rest = split(rest)
     if not isinstance(head, Repeat):
         return None
     body, most = head.body, head.high
@@ -74,10 +74,6 @@ def loop_of(automaton: Automaton, term: Term) -> Loop | None:
         leaving = _letters(rest)
     leaving &= ~inside
     return None if leaving & HIGH else Loop(first, inside, most, rest, leaving)
-
-
-def _split(term: Term) -> tuple[Term, Term | None]:
-    return (term.head, term.tail) if isinstance(term, Cat) else (term, None)
 
 
 def _class(sequences: Sequences) -> int | None:
@@ -182,7 +178,7 @@ def _parts(vocabulary: Vocabulary, automaton: Automaton, state: int) -> tuple[li
     waiting = list(automaton.terms_of(state))
     while waiting:
         term = waiting.pop()
-        head, tail = _split(term)
+        head, tail = split(term)
         if isinstance(head, Alt):
             if len(head.options) > MAX_OPTIONS:
                 return [], onward

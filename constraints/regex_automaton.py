@@ -5,17 +5,27 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from constraints import regex_syntax
-from constraints.automaton import Alt, Automaton, Bytes, Cat, Repeat, Term, utf8
-from constraints.regex_syntax import Tree
+from constraints.automaton import Alt, Automaton, Bytes, Cat, Repeat, Term, flat, split, utf8
+from constraints.regex_syntax import Ranges, Tree
+
+MAX_TERMS = 256
+"""Ways in which a text may be read at once: a byte then costs half a millisecond."""
+MAX_NEW_TERMS = 50_000
+MAX_SHARED = 32
+"""Characters that options are compared by, from their beginning."""
 
 
 class RegexAutomaton(Automaton):
     """The automaton of one syntax tree."""
 
+    max_terms = MAX_TERMS
+    max_new_terms = MAX_NEW_TERMS
+
     def __init__(self, tree: Tree):
         super().__init__()
         self._digests: dict[Term, bytes] = {}
-        term = self._lower(tree)
+        self._classes: dict[Ranges, Term] = {}
+        term = self._lower(tree, self.epsilon)
         self._number([term] if term else [])
 
     def digest(self, state: int) -> bytes:
@@ -43,24 +53,47 @@ class RegexAutomaton(Automaton):
             return "repeat", self._term_digest(term.body), term.low, term.high
         return ("bytes", term.sequences) if isinstance(term, Bytes) else ("epsilon",)
 
-    def _lower(self, tree: Tree) -> Term | None:
-        """The term of `tree`; None when it matches no text."""
+    def _lower(self, tree: Tree, tail: Term) -> Term | None:
+        """The term of `tree` and then `tail`; None when it matches no text."""
         match tree:
             case regex_syntax.Chars(ranges):
-                return self.sequences(utf8(ranges)) if ranges else None
+                return self.cat(self._class(ranges), tail) if ranges else None
             case regex_syntax.Cat(parts):
-                term = self.epsilon
+                term: Term | None = tail
                 for part in reversed(parts):
-                    lowered = self._lower(part)
-                    if lowered is None:
-                        return None
-                    term = self.cat(lowered, term)
+                    if term is not None:
+                        term = self._lower(part, term)
                 return term
             case regex_syntax.Alt(options):
-                found = [term for term in map(self._lower, options) if term is not None]
-                return self.alt(found) if found else None
+                lowered = [self._lower(option, self.epsilon) for option in options]
+                found = [term for term in lowered if term is not None]
+                return self.cat(self._either(found, MAX_SHARED), tail) if found else None
             case regex_syntax.Repeat(body, low, high):
-                lowered = self._lower(body)
-                if lowered is None:
-                    return self.epsilon if low == 0 else None
-                return self.repeat(lowered, low, high)
+                inner = self._lower(body, self.epsilon)
+                if inner is None:
+                    return tail if low == 0 else None
+                return self.cat(self.repeat(inner, low, high), tail)
+
+    def _class(self, ranges: Ranges) -> Term:
+        known = self._classes.get(ranges)
+        if known is None:
+            known = self._classes[ranges] = self.sequences(utf8(ranges))
+        return known
+
+    def _either(self, options: list[Term], depth: int) -> Term:
+        """Any of `options`. What several begin with is read once, so that a state has one term for them."""
+        options = list(flat(options))
+        shared: list[Term] = []
+        while len(options) > 1 and len({split(option)[0] for option in options}) == 1:
+            shared.append(split(options[0])[0])
+            options = [split(option)[1] or self.epsilon for option in options]
+        tails: dict[Term, list[Term]] = {}
+        for option in options:
+            head, tail = split(option)
+            tails.setdefault(head, []).append(tail or self.epsilon)
+        if depth and len(tails) < len(options):
+            options = [self.cat(head, self._either(found, depth - 1)) for head, found in tails.items()]
+        term = self.alt(options)
+        for head in reversed(shared):
+            term = self.cat(head, term)
+        return term

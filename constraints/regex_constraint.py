@@ -30,6 +30,11 @@ NARROW = 2_000
 MAX_QUICK = 8
 """Masks of a pattern that are made without llguidance: together they cost what it takes to read the pattern,
 and its masks cost half as much."""
+LONG = 1_000
+"""Ranges of characters in a pattern whose automaton is made with it, in 5 ms and more: who asks for its first
+mask would wait."""
+PARTS_OF_STATE = 10
+"""Terms of the automaton, or ranges of characters in the pattern, that take what a state takes."""
 WORTH_SECONDS = 0.02
 """Time spent on the masks of one pattern, after which it is worth an index."""
 
@@ -52,14 +57,21 @@ class RegexMachine(Machine[int]):
         if not regex_syntax.has_match(tree):
             raise ConstraintError(f"regex {regex_syntax.shown(pattern)} matches no text at all")
         self._tree = tree
+        self._num_ranges = regex_syntax.num_ranges(tree)
         self._indexes = indexes
         self._seconds = 0.0
         self._num_quick = 0
+        if self._num_ranges > LONG:
+            _ = self.automaton
 
     @cached_property
     def index(self) -> Index | None:
         """The index, looked for on disk when more than a few masks are asked for: reading it takes 1 ms."""
         return self._indexes.find(self.vocabulary, self.pattern)
+
+    @cached_property
+    def _accepts_nothing(self) -> bool:
+        return regex_syntax.is_nullable(self._tree)
 
     @cached_property
     def automaton(self) -> RegexAutomaton:
@@ -88,15 +100,16 @@ class RegexMachine(Machine[int]):
         return None if after == DEAD else after
 
     def accepts(self, state: int) -> bool:
-        if state == self.start:
-            return regex_syntax.is_nullable(self._tree)
-        return self.automaton.accepts(state)
+        return self._accepts_nothing if state == self.start else self.automaton.accepts(state)
 
     def next_bytes(self, state: int) -> bytes:
-        return bytes(byte for byte, after in enumerate(self.automaton.row(state)) if after != DEAD)
+        return self.automaton.next_bytes(state)
 
     def num_states(self) -> int:
-        return len(self.automaton) if "automaton" in self.__dict__ else 0
+        parts, states = self._num_ranges, 0
+        if "automaton" in self.__dict__:
+            parts, states = parts + self.automaton.num_terms(), len(self.automaton)
+        return states + parts // PARTS_OF_STATE
 
     def text_row(self, state: int, tokens: list[int]) -> Row:
         row = self.indexed_row(state)
@@ -128,7 +141,7 @@ class RegexMachine(Machine[int]):
         """Whether the first mask is worth an automaton, as far as the tree tells."""
         if regex_syntax.begins_with_loop(self._tree):
             return True
-        return trie_of(self.vocabulary).weight_of(regex_syntax.first_ascii(self._tree)) <= NARROW
+        return trie_of(self.vocabulary).weight_of(set(regex_syntax.first_ascii(self._tree))) <= NARROW
 
     def walked_row(self, state: int) -> Row:
         """The mask from a walk of the token tree."""

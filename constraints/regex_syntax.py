@@ -207,6 +207,17 @@ def positions(tree: Tree) -> int:
             return positions(body) * max(1, low if high is None else high)
 
 
+def num_ranges(tree: Tree) -> int:
+    """Ranges of characters in `tree`."""
+    match tree:
+        case Chars(ranges):
+            return len(ranges)
+        case Cat(parts) | Alt(parts):
+            return sum(map(num_ranges, parts))
+        case Repeat(body):
+            return num_ranges(body)
+
+
 def shown(pattern: str) -> str:
     return repr(pattern if len(pattern) <= 60 else pattern[:57] + "...")
 

@@ -246,6 +246,37 @@ def test_the_case_of_a_large_class_is_that_of_its_characters():
     assert not any(low <= ord("k") <= high for low, high in tree.ranges)
 
 
+def test_a_text_that_can_be_read_in_too_many_ways_is_an_error():
+    constraint = regex(VOCABULARY, "[ab]*a[ab]{600}")
+    with pytest.raises(ConstraintError, match=r"read in 257 ways at once, and 256 are allowed; use"):
+        for token in VOCABULARY.greedy(b"ab" * 600):
+            constraint.append_token(token)
+    automaton = constraint.machine.automaton
+    assert max(len(automaton.terms_of(state)) for state in range(len(automaton))) == 256
+
+
+def test_options_that_begin_alike_are_read_once():
+    automaton = RegexAutomaton(regex_syntax.parse("|".join(f"item-{n:04}" for n in range(1_500))))
+    for text in (b"i", b"item-", b"item-0", b"item-012"):
+        assert len(automaton.terms_of(automaton.step(automaton.start, text))) == 1
+    assert automaton.step(automaton.start, b"item-1500") == DEAD
+
+
+def test_repeats_of_long_repeats_are_followed_in_bounded_steps():
+    pattern = "(" * 90 + "x" * 2_000 + ")*a" * 90
+    constraint = regex(VOCABULARY, pattern)
+    before = constraint.machine.automaton.num_terms()
+    with pytest.raises(ConstraintError, match="more than 50000 terms to follow"):
+        constraint.mask_row()
+    assert constraint.machine.automaton.num_terms() <= before + 2 * 50_000
+
+
+def test_the_states_of_a_machine_tell_what_its_pattern_takes():
+    small, large = regex(VOCABULARY, "[ab]+c").machine, regex(VOCABULARY, "[ab]c" * 5_000).machine
+    assert small.num_states() <= len(small.automaton) + 2
+    assert large.num_states() >= 2_000
+
+
 def test_deep_nesting_is_refused():
     with pytest.raises(ConstraintError, match="nest deeper"):
         regex(VOCABULARY, "(" * 5000 + "a" + ")" * 5000)
