@@ -57,7 +57,7 @@ class ControllerEndpoints:
             return
         config = engine_client.vllm_config
         settings = ServerSettings.from_config(admission.operator_config(config).get("server", {}))
-        store = Store(settings.store, settings.store_bytes)
+        store = Store(settings.store, settings.store_bytes, settings.tags, settings.tags_of_user)
         catalog = Catalog(store, admission.operator_limits(config), admission.installed_controllers)
         try:
             store.tags()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from aici_vllm.server import protocol, runs
@@ -134,33 +136,15 @@ async def upload(request: Request) -> protocol.Uploaded:
 
 
 @router.get("/v1/controllers", response_model=protocol.Controllers, responses=_refusals())
-async def controllers(request: Request) -> protocol.Controllers:
+async def controllers(request: Request) -> Response:
     """Every controller that a request can name: the operator's, and those that were uploaded."""
-    service = _service(request)
-    stored, tags = await asyncio.to_thread(_stored, service.store)
-    installed = service.catalog.installed()
-    return protocol.Controllers(
-        installed=[
-            protocol.InstalledController(name=name, target=installed[name]) for name in sorted(installed)
-        ],
-        stored=[
-            protocol.StoredController(
-                module_id=one.module_id,
-                size=one.size,
-                uploaded_at=int(one.uploaded_at),
-                tags=sorted(tag.tag for tag in tags if tag.module_id == one.module_id),
-            )
-            for one in stored
-        ],
-    )
+    return await _answer_from_thread(_controllers, _service(request))
 
 
 @router.get("/v1/controllers/tags", response_model=protocol.Tags, responses=_refusals())
-async def tags(request: Request) -> protocol.Tags:
+async def tags(request: Request) -> Response:
     """Every tag, the one that moved last first."""
-    service = _service(request)
-    stored, found = await asyncio.to_thread(_stored, service.store)
-    return _tags(found, stored)
+    return await _answer_from_thread(_all_tags, _service(request).store)
 
 
 @router.post(
@@ -232,8 +216,35 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(source)
 
 
-def _stored(store: Store) -> tuple[list[StoredController], list[Tag]]:
-    return store.sources(), store.tags()
+async def _answer_from_thread(make: Callable[..., BaseModel], *arguments: Any) -> Response:
+    """An answer read and written beside the event loop: FastAPI would write a long one on it."""
+    text = await asyncio.to_thread(lambda: make(*arguments).model_dump_json())
+    return Response(text, media_type="application/json")
+
+
+def _controllers(service: Service) -> protocol.Controllers:
+    tags = defaultdict[str, list[str]](list)
+    for tag in service.store.tags():
+        tags[tag.module_id].append(tag.tag)
+    installed = service.catalog.installed()
+    return protocol.Controllers(
+        installed=[
+            protocol.InstalledController(name=name, target=installed[name]) for name in sorted(installed)
+        ],
+        stored=[
+            protocol.StoredController(
+                module_id=one.module_id,
+                size=one.size,
+                uploaded_at=int(one.uploaded_at),
+                tags=sorted(tags[one.module_id]),
+            )
+            for one in service.store.sources()
+        ],
+    )
+
+
+def _all_tags(store: Store) -> protocol.Tags:
+    return _tags(store.tags(), store.sources())
 
 
 def _move_tags(service: Service, body: protocol.MoveTags, user: User) -> protocol.Tags:

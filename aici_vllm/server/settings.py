@@ -24,6 +24,8 @@ class ServerSettings:
     Attributes:
         store: folder of uploaded controllers and their tags; several servers may share it.
         store_bytes: what all uploaded sources may take together.
+        tags: how many there may be.
+        tags_of_user: how many of them may belong to one user who is no admin.
         restricted: refuse uploads and tags.
         users: name → sha256, in hex, of the API key that this user sends.
         admins: the users who may move everybody's tags.
@@ -32,6 +34,8 @@ class ServerSettings:
 
     store: Path = field(default_factory=default_store)
     store_bytes: int = 1 << 30
+    tags: int = 10_000
+    tags_of_user: int = 1_000
     restricted: bool = False
     users: Mapping[str, str] = field(default_factory=dict)
     admins: frozenset[str] = frozenset()
@@ -53,8 +57,9 @@ class ServerSettings:
         given = dict(config)
         if "store" in given:
             given["store"] = Path(_checked("store", given["store"], str)).expanduser()
-        if not _checked("store_bytes", given.get("store_bytes", 1), int) > 0:
-            raise ValueError("aici.server.store_bytes must be a positive number of bytes")
+        for name in ("store_bytes", "tags", "tags_of_user"):
+            if not _checked(name, given.get(name, 1), int) > 0:
+                raise ValueError(f"aici.server.{name} must be a positive number, not {given[name]}")
         for name in ("restricted", "trust_user_headers"):
             _checked(name, given.get(name, False), bool)
         given["users"] = _users(given.get("users", {}))

@@ -64,11 +64,21 @@ class Store:
 
     Args:
         limit_bytes: what all sources may take together.
+        most_tags: how many there may be.
+        most_tags_of_user: how many of them one user may own who is no admin.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int = 1 << 30):
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int = 1 << 30,
+        most_tags: int = 10_000,
+        most_tags_of_user: int = 1_000,
+    ):
         self.folder = folder
         self._limit_bytes = limit_bytes
+        self._most_tags = most_tags
+        self._most_tags_of_user = most_tags_of_user
         self._sources = folder / "sources"
         self._tags_file = folder / "tags.json"
         self._tags = _CachedFile(self._tags_file, _parse_tags)
@@ -121,18 +131,21 @@ class Store:
 
         Raises:
             UnknownControllerError: no such controller.
-            ServiceError: one of the tags belongs to somebody else.
+            ServiceError: one of the tags belongs to somebody else, or there would be too many.
         """
         with self._writing():
             if not self._source_path(module_id).exists():
                 raise UnknownControllerError(f"there is no controller {module_id}: upload it first")
-            tags = dict(self._tags.read())
+            before = self._tags.read()
+            tags = dict(before)
             now = time.time()
             for name in names:
                 owner = tags[name].owner if name in tags else user
                 if owner != user and not admin:
                     raise forbidden(f"tag {name} belongs to {owner}: only they or an admin can move it")
                 tags[name] = Tag(name, module_id, owner, user, now)
+            if len(tags) > len(before):
+                self._check_number(tags, user, admin)
             rows = [asdict(tag) for tag in tags.values()]
             self._replace(self._tags_file, json.dumps({"version": 1, "tags": rows}, indent=1).encode())
         return [tags[name] for name in names]
@@ -168,6 +181,20 @@ class Store:
                 f"allows: there is no room for {size} more",
                 self.folder,
                 HTTPStatus.INSUFFICIENT_STORAGE,
+            )
+
+    def _check_number(self, tags: dict[str, Tag], user: str, admin: bool) -> None:
+        if len(tags) > self._most_tags:
+            raise StoreError(
+                f"the operator allows {self._most_tags} tags, and these would make {len(tags)}: move others",
+                self._tags_file,
+                HTTPStatus.INSUFFICIENT_STORAGE,
+            )
+        own = sum(tag.owner == user for tag in tags.values())
+        if own > self._most_tags_of_user and not admin:
+            raise forbidden(
+                f"the operator allows a user {self._most_tags_of_user} tags, and these would make {own}: "
+                "move others of yours"
             )
 
     @contextmanager

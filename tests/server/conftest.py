@@ -158,7 +158,7 @@ def serving(folder: Path, keys: list[str] | None = None, **settings: Any) -> Ite
     if keys:
         app.add_middleware(AuthenticationMiddleware, tokens=keys)
     made = ServerSettings(store=folder, **settings)
-    store = Store(made.store, made.store_bytes)
+    store = Store(made.store, made.store_bytes, made.tags, made.tags_of_user)
     catalog = Catalog(store, Limits(), lambda: INSTALLED)
     front = FakeFront(catalog)
     app.state.aici = routes.Service(made, catalog, front, bool(keys))

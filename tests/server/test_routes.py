@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from aici_vllm.server import routes
+from aici_vllm.server.store import Tag
 from tests.server.conftest import SCRIPT, Served, serving
 
 HASH = hashlib.sha256(SCRIPT.encode()).hexdigest()
@@ -43,6 +46,28 @@ def test_an_uploaded_script_is_listed_with_its_tags(served: Served) -> None:
     assert listed["installed"] == [{"name": "greet", "target": "package.module:greet"}]
     (stored,) = listed["stored"]
     assert (stored["module_id"], stored["size"], stored["tags"]) == (HASH, size, ["hello"])
+
+
+def test_lists_are_made_beside_the_event_loop_and_tags_looked_through_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tags(list[Tag]):
+        looked_through: ClassVar[list[bool]] = []
+
+        def __iter__(self) -> Iterator[Tag]:
+            self.looked_through.append(asyncio._get_running_loop() is not None)
+            return super().__iter__()
+
+    for n in range(3):
+        module_id = served.upload(f"{SCRIPT}# {n}\n").json()["module_id"]
+        served.tag(module_id, f"t{n}", f"u{n}")
+    tags = Tags(served.store.tags())
+    monkeypatch.setattr(served.store, "tags", lambda: tags)
+    listed = served.http.get("/v1/controllers").json()["stored"]
+    assert sorted(one["tags"] for one in listed) == [["t0", "u0"], ["t1", "u1"], ["t2", "u2"]]
+    assert Tags.looked_through == [False]
+    assert len(served.http.get("/v1/controllers/tags").json()["tags"]) == 6
+    assert Tags.looked_through == [False, False]
 
 
 def test_a_script_that_the_sandbox_would_not_take_is_refused_with_its_line(served: Served) -> None:
@@ -197,6 +222,16 @@ def test_a_full_store_answers_507(tmp_path: Path) -> None:
     with serving(tmp_path, store_bytes=10) as served:
         answer = served.upload()
         assert answer.status_code == 507 and "no room" in message(answer)
+
+
+def test_tags_are_refused_where_there_are_too_many(tmp_path: Path) -> None:
+    with serving(tmp_path, keys=KEYS, users=USERS, tags=3, tags_of_user=2) as served:
+        served.upload(**bearer("ann"))
+        assert served.tag(HASH, "ann.a", "ann.b", **bearer("ann")).status_code == 200
+        refused = served.tag(HASH, "ann.c", **bearer("ann"))
+        assert refused.status_code == 403 and "allows a user 2 tags" in message(refused)
+        full = served.tag(HASH, "bob.a", "bob.b", **bearer("bob"))
+        assert full.status_code == 507 and "allows 3 tags" in message(full)
 
 
 def test_a_server_without_an_engine_says_so() -> None:

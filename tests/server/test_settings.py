@@ -24,6 +24,8 @@ def test_everything_set() -> None:
         {
             "store": "~/here",
             "store_bytes": 5,
+            "tags": 7,
+            "tags_of_user": 6,
             "restricted": True,
             "users": {"ann": HASH},
             "admins": ["ann"],
@@ -31,6 +33,7 @@ def test_everything_set() -> None:
         }
     )
     assert settings.store == Path.home() / "here" and settings.store_bytes == 5 and settings.restricted
+    assert (settings.tags, settings.tags_of_user) == (7, 6)
     assert settings.users == {"ann": HASH} and settings.admins == {"ann"}
 
 
@@ -45,6 +48,8 @@ def test_admins_may_be_a_proxys_users() -> None:
         ({"stor": "x"}, "unknown setting 'stor'"),
         ({"store": 5}, "store must be of type str"),
         ({"store_bytes": 0}, "positive"),
+        ({"tags": 0}, "aici.server.tags must be a positive number"),
+        ({"tags_of_user": -1}, "positive"),
         ({"store_bytes": True}, "type int"),
         ({"restricted": "no"}, "type bool"),
         ({"users": ["ann"]}, "type dict"),

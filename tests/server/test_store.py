@@ -112,6 +112,34 @@ def test_sources_have_room_up_to_the_operators_limit(tmp_path: Path) -> None:
     store.put(b"1234")
 
 
+def test_there_are_so_many_tags_and_no_more(tmp_path: Path) -> None:
+    store = Store(tmp_path, most_tags=4, most_tags_of_user=2)
+    one, two = (store.put(source).module_id for source in (b"1", b"2"))
+    store.move_tags(one, ["ann.a", "ann.b"], "ann")
+    with pytest.raises(ServiceError, match="a user 2 tags, and these would make 3: move others of yours") as refused:
+        store.move_tags(one, ["ann.c"], "ann")
+    assert refused.value.status == 403
+    store.move_tags(one, ["bob.a"], "bob")
+    store.move_tags(one, ["c"], "root", admin=True)
+    for user, admin in (("bob", False), ("root", True)):
+        with pytest.raises(StoreError, match="allows 4 tags, and these would make 5: move others") as full:
+            store.move_tags(one, ["d"], user, admin)
+        assert full.value.status == 507
+    less = Store(tmp_path, most_tags=1, most_tags_of_user=1)
+    less.move_tags(two, ["ann.a", "ann.b"], "ann")
+    assert [tag.tag for tag in less.tags() if tag.module_id == two] == ["ann.a", "ann.b"]
+    assert len(less.tags()) == 4
+    less.close()
+    store.close()
+
+
+def test_an_admin_may_have_more_tags_than_a_user(tmp_path: Path) -> None:
+    store = Store(tmp_path, most_tags=3, most_tags_of_user=1)
+    store.move_tags(store.put(b"1").module_id, ["a", "b", "c"], "root", admin=True)
+    assert len(store.tags()) == 3
+    store.close()
+
+
 # Disks that fail.
 
 SYSTEM_CALLS = ["open", "write", "fsync", "close", "replace", "stat", "listdir"]
