@@ -1,7 +1,9 @@
 """Scripts in the sandbox: how long a start, a resume and a fork take, with 1 and with 1,000 live scripts.
 
-A start goes from the source to the script's first await; a resume from one await to the next; a fork from the
-parent's await to the child's next one. Wall time, one after the other, beside scripts that wait.
+A start goes from the source to the script's first await; a resume from one await to the next; a fork from
+the parent's await to the child's next one. Wall time, one after the other, beside scripts that wait. The
+rows in brackets are what the machine takes for the least that a turn can do: a sandbox process that answers
+a message, asked without this library, and a thread that is woken and wakes the other.
 
     python benchmarks/sandbox.py [--full] [--live 1 1000] [--out FOLDER]
 """
@@ -9,10 +11,12 @@ parent's await to the child's next one. Wall time, one after the other, beside s
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import Any
 
 from _reporting import Bars, Report, arguments, median, quantile
+from pydantic_monty import FunctionSnapshot, Monty
 
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.group import Group
@@ -35,6 +39,8 @@ aici.start(main())
 """
 GOALS = {"start": 3.0, "resume": 0.3, "fork": 1.0}
 """Milliseconds at p50; p99 may be five times that."""
+PAUSE = 0.001
+"""Seconds between two messages in brackets: a script too has slept for about a step when its turn comes."""
 
 
 def main() -> int:
@@ -44,6 +50,9 @@ def main() -> int:
     rounds = 1000 if options.full else 200
     columns = ("what", "live scripts", "p50 ms", "p99 ms", "p99 / p50", "goal p50 ms", "met")
     report = Report("sandbox", f"scripts in the sandbox, {rounds} of each", columns)
+    for what, times in {"(a process)": process_answers(rounds), "(a thread)": thread_answers(rounds)}.items():
+        middle, worst = median(times) * 1e3, quantile(times, 0.99) * 1e3
+        report.rows.append([what, None, middle, worst, worst / middle, None, None])
     for live in options.live:
         pool = SandboxPool(Limits())
         try:
@@ -56,7 +65,10 @@ def main() -> int:
             pool.close()
     report.notes.append("met: p50 within the goal, and p99 within five times the goal")
     report.show()
-    groups = [(f"{row[0]}, {row[1]} live", (row[2], row[3], row[5])) for row in report.rows]
+    groups = [
+        (row[0] if row[1] is None else f"{row[0]}, {row[1]} live", (row[2], row[3], row[5]))
+        for row in report.rows
+    ]
     report.write(options.out, Bars(("p50", "p99", "goal for p50"), groups, "ms"))
     return 0
 
@@ -79,6 +91,44 @@ def measure(pool: SandboxPool, live: int, rounds: int) -> dict[str, list[float]]
         resumed(pool, child)
         times["fork"].append(time.perf_counter() - began)
         child.close()
+    return times
+
+
+def process_answers(rounds: int) -> list[float]:
+    """Seconds from an answer to a process's question to its next question."""
+    times = []
+    limits: Any = {"max_suspensions": 2 * rounds + 100}
+    with Monty(min_processes=1, max_processes=1) as monty, monty.checkout(limits=limits) as session:
+        asked: Any = session.feed_start("while True:\n    ask()")
+        for _ in range(rounds):
+            while not isinstance(asked, FunctionSnapshot):
+                asked = asked.resume()
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            asked = asked.resume({"return_value": 1})
+            times.append(time.perf_counter() - began)
+    return times
+
+
+def thread_answers(rounds: int) -> list[float]:
+    """Seconds until a thread that was woken has woken this one."""
+    there, back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def answer() -> None:
+        for _ in range(rounds):
+            there.acquire()
+            back.release()
+
+    other = threading.Thread(target=answer)
+    other.start()
+    times = []
+    for _ in range(rounds):
+        time.sleep(PAUSE)
+        began = time.perf_counter()
+        there.release()
+        back.acquire()
+        times.append(time.perf_counter() - began)
+    other.join()
     return times
 
 
