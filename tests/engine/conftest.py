@@ -26,6 +26,9 @@ ENGINE_ARGS: dict[str, Any] = {
     "seed": 0,
 }
 
+SMALL: dict[str, Any] = {"max_model_len": 1024, "num_gpu_blocks_override": 12, "max_num_seqs": 16}
+"""Engine arguments for a KV cache that holds fewer branches than run."""
+
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
@@ -37,6 +40,11 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 BETWEEN = {"v1-async", "v2-sync"}
 """Regimes with one of the two differences between the simplest regime and that of a GPU."""
 IN_EVERY_REGIME = "test_random_scripts_are_greedy_exact[{}-random]"
+
+
+def exhaustive(value: Any) -> Any:
+    """A parameter that only `make test-full` takes."""
+    return pytest.param(value, marks=pytest.mark.exhaustive)
 
 
 @pytest.hookimpl(tryfirst=True)

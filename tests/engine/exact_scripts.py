@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import aici_vllm
 from tests.engine.random_scripts import controller, random_program
+from tests.engine.results_of import result_of
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -26,7 +27,7 @@ def run_exactly(
     outputs = llm.generate(["Hello there"] * len(requests), requests, use_tqdm=False)
     usages, compared = [], 0
     for program, output in zip(programs, outputs, strict=True):
-        result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
+        result = result_of(output)
         for branch in result.branches:
             assert branch.error is None, (program, branch.error, branch.logs)
             compared += compare(output.prompt_token_ids, branch)

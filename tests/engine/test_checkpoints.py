@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from vllm import LLM, RequestOutput
+from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
 import aici_vllm
 from aici_vllm import aici
 from tests.engine.conftest import Engines
 from tests.engine.regimes import REGIMES, Regime
+from tests.engine.results_of import branches_of, result_of
 
 LONG = " one two three four five six seven eight nine ten" * 30
 
@@ -85,9 +86,7 @@ def test_a_checkpoint_is_there_until_it_is_dropped_or_others_take_its_place(engi
         aici_vllm.run(llm, write, ["Start"], controller_arg=" x", checkpoint=name)
     drop = aici_vllm.request_params(read_prompt, from_checkpoint="b/0", drop_checkpoints="b")
     (last,) = llm.generate([{"prompt_token_ids": []}], drop, use_tqdm=False)
-    assert (
-        aici_vllm.ControllerResult.from_json(last.kv_transfer_params["controller"]).branches[0].error is None
-    )
+    branches_of(last)
     assert _error(llm, "b/0") == (
         "there is no checkpoint 'b/0': it was never made, was dropped, or 3 newer ones took its place; send "
         "the text again"
@@ -118,11 +117,7 @@ def test_what_cannot_be_asked_for_is_refused(engine: Engines) -> None:
     params = aici_vllm.request_params(read_prompt, from_checkpoint="mine/0")
     prompt = {"prompt_token_ids": [], "cache_salt": "another tenant"}
     (output,) = llm.generate([prompt], params, use_tqdm=False)
-    assert "another LoRA adapter or cache_salt" in (_result(output).branches[0].error or "")
-
-
-def _result(output: RequestOutput) -> aici_vllm.ControllerResult:
-    return aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
+    assert "another LoRA adapter or cache_salt" in (result_of(output).branches[0].error or "")
 
 
 def _error(llm: LLM, name: str) -> str | None:

@@ -10,21 +10,15 @@ from vllm import LLM, SamplingParams
 
 import aici_vllm
 from aici_vllm import aici
-from tests.engine.conftest import Engines
+from tests.engine.conftest import SMALL, Engines, exhaustive
 from tests.engine.random_model import TOKENS
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.regimes import REGIMES, Regime
-
-
-def exhaustive(regime: Regime) -> Any:
-    return pytest.param(regime, marks=pytest.mark.exhaustive)
-
+from tests.engine.results_of import branches_of
 
 BOTH_RUNNERS = pytest.mark.parametrize(
     "chosen", [REGIMES[0], exhaustive(REGIMES[3])], ids=lambda chosen: chosen.name
 )
-FEW = {"max_model_len": 1024, "num_gpu_blocks_override": 12, "max_num_seqs": 16}
-"""The engine of `test_small_cache`."""
 PLAIN = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 
 SANDBOXED = """
@@ -84,9 +78,7 @@ def finish(llm: LLM) -> dict[int, Any]:
 def tokens(output: Any) -> list[list[int]]:
     if output.kv_transfer_params is None:
         return [list(output.outputs[0].token_ids)]
-    result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
-    assert [branch.error for branch in result.branches] == [None] * len(result.branches)
-    return [branch.token_ids for branch in result.branches]
+    return [branch.token_ids for branch in branches_of(output)]
 
 
 def utility(llm: LLM, name: str, *arguments: Any) -> Any:
@@ -219,7 +211,7 @@ def test_sleep_and_wake(llm: LLM) -> None:
 
 @BOTH_RUNNERS
 def test_more_branches_may_wait_than_can_run(engine: Engines, chosen: Regime) -> None:
-    llm = engine(chosen, "random", **FEW, **aici_vllm.engine_args())
+    llm = engine(chosen, "random", **SMALL, **aici_vllm.engine_args())
     results = aici_vllm.run(llm, wait_for_the_last, ["Hello"] * 4)
     for result in results:
         assert [branch.error for branch in result.branches] == [None] * 16

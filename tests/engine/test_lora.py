@@ -11,12 +11,13 @@ from vllm.lora.request import LoRARequest
 
 import aici_vllm
 from aici_vllm import aici
-from tests.engine.conftest import Engines
+from tests.engine.conftest import SMALL, Engines, exhaustive
 from tests.engine.random_adapter import merged_model, random_adapter
 from tests.engine.random_model import TOKENS
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.reference import Reference
 from tests.engine.regimes import REGIMES, Regime
+from tests.engine.results_of import branches_of, result_of
 from tests.engine.test_exactness import check_branch
 
 ENGINE = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
@@ -26,8 +27,9 @@ LONG = " one two three four five six seven eight nine ten" * 30
 WORDS = list(range(259, TOKENS))
 """Tokens with text of their own."""
 
-V1_SYNC = pytest.param(REGIMES[0], marks=pytest.mark.exhaustive)
-BOTH_RUNNERS = pytest.mark.parametrize("chosen", [V1_SYNC, REGIMES[3]], ids=lambda chosen: chosen.name)
+BOTH_RUNNERS = pytest.mark.parametrize(
+    "chosen", [exhaustive(REGIMES[0]), REGIMES[3]], ids=lambda chosen: chosen.name
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,6 @@ def references(
     return [Reference(random_folder), *map(Reference, merged)]
 
 
-def branches(output: Any) -> list[Any]:
-    found = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"]).branches
-    assert [branch.error for branch in found] == [None] * len(found)
-    return found
-
-
 @BOTH_RUNNERS
 def test_random_scripts_are_greedy_exact_under_their_adapters(
     engine: Engines, chosen: Regime, adapters: list[LoRARequest | None], references: list[Reference]
@@ -68,7 +64,7 @@ def test_random_scripts_are_greedy_exact_under_their_adapters(
     )
     compared = [0, 0, 0]
     for i, output in zip(which, outputs, strict=True):
-        for branch in branches(output):
+        for branch in branches_of(output):
             compared[i] += check_branch(references[i], f"adapter {i}", output.prompt_token_ids, branch)
     assert min(compared) > 30
     assert llm.reset_prefix_cache(), "blocks are still in use"
@@ -97,7 +93,7 @@ def plain(llm: LLM, adapter: LoRARequest | None, tokens: list[int], **more: Any)
 
 def check_as_plain(llm: LLM, adapter: LoRARequest | None, prompt: list[int], output: Any) -> None:
     """Every run of sampled tokens is what a plain request of the text before it gives, computed anew."""
-    found = branches(output)
+    found = branches_of(output)
     assert len(found) == 3
     for branch in found:
         tokens = list(prompt)
@@ -121,7 +117,7 @@ def test_branches_say_what_plain_requests_of_their_text_say(
         assert llm.reset_prefix_cache()
         output = run(llm, adapter, "Hello there", LONG)
         check_as_plain(llm, adapter, output.prompt_token_ids, output)
-        said |= {tuple(branch.token_ids) for branch in branches(output)}
+        said |= {tuple(branch.token_ids) for branch in branches_of(output)}
     assert len(said) == 9, "the adapters change nothing"
 
 
@@ -134,7 +130,7 @@ def test_prefixes_are_cached_for_their_adapter_alone(
     for first in adapters:
         assert llm.reset_prefix_cache()
         output = run(llm, first, "Hello there", LONG)
-        text = output.prompt_token_ids + branches(output)[0].token_ids
+        text = output.prompt_token_ids + branches_of(output)[0].token_ids
         for other in adapters:
             cached = plain(llm, other, text).num_cached_tokens
             assert cached >= 256 if other is first else cached == 0
@@ -154,14 +150,13 @@ def test_a_checkpoint_is_gone_on_from_under_its_adapter_alone(
     for made_with in adapters:
         assert llm.reset_prefix_cache()
         made = run(llm, made_with, "Hello there", LONG, checkpoint="kept")
-        text = made.prompt_token_ids + branches(made)[1].token_ids
+        text = made.prompt_token_ids + branches_of(made)[1].token_ids
         for other in (*adapters, changed):
             output = run(llm, other, {"prompt_token_ids": []}, " so", from_checkpoint="kept/1")
             if other is made_with:
                 check_as_plain(llm, other, text, output)
             else:
-                result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
-                assert [branch.error for branch in result.branches] == [
+                assert [branch.error for branch in result_of(output).branches] == [
                     "checkpoint 'kept/1' was made with another LoRA adapter or cache_salt"
                 ]
     assert llm.reset_prefix_cache(), "blocks are still in use"
@@ -171,8 +166,7 @@ def test_more_adapters_than_fit_take_turns_in_a_small_cache(
     engine: Engines, adapters: list[LoRARequest | None], references: list[Reference]
 ) -> None:
     """Branches that wait for their adapter's turn lose their blocks to those that run."""
-    small = {"max_model_len": 1024, "num_gpu_blocks_override": 12, "max_num_seqs": 16, "max_loras": 1}
-    llm = engine(REGIMES[3], "random", **{**ENGINE, **small}, **aici_vllm.engine_args())
+    llm = engine(REGIMES[3], "random", **{**ENGINE, **SMALL, "max_loras": 1}, **aici_vllm.engine_args())
     programs = [json.dumps(random_program(random.Random(seed))) for seed in range(600, 618)]
     which = [1 + i % 2 for i in range(len(programs))]
     params = [aici_vllm.request_params(controller, program) for program in programs]
@@ -181,7 +175,7 @@ def test_more_adapters_than_fit_take_turns_in_a_small_cache(
     )
     compared = 0
     for i, output in zip(which, outputs, strict=True):
-        for branch in branches(output):
+        for branch in branches_of(output):
             compared += check_branch(references[i], f"adapter {i}", output.prompt_token_ids, branch)
     assert compared > 100
     assert llm.reset_prefix_cache(), "blocks are still in use"

@@ -11,6 +11,7 @@ import aici_vllm
 from aici_vllm import aici
 from tests.engine.conftest import Engines
 from tests.engine.regimes import REGIMES, Regime
+from tests.engine.results_of import result_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 LONG = " one two three four five six seven eight nine ten" * 30
@@ -75,9 +76,7 @@ def test_plain_and_controlled_requests_mix_in_one_batch(engine: Engines, regime:
     outputs = llm.generate([p for i, p in enumerate(prompts)], params, use_tqdm=False)
     for i in (0, 2, 4):
         assert outputs[i].outputs[0].token_ids == alone[i]
-    results = [
-        aici_vllm.ControllerResult.from_json(outputs[i].kv_transfer_params["controller"]) for i in (1, 3, 5)
-    ]
+    results = [result_of(outputs[i]) for i in (1, 3, 5)]
     (again,) = aici_vllm.run(llm, shout, [prompts[1]], controller_arg=" loud")
     assert results[0].branches[0].token_ids == again.branches[0].token_ids
     assert single.text.startswith(" loud")

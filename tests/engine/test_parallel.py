@@ -1,9 +1,8 @@
 """Two workers for one engine, two engines for one server: the same tokens, forks and checkpoints."""
 
-import json
-import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import pytest
 
 import aici_vllm
 from tests.engine.conftest import Engines
-from tests.engine.random_scripts import controller, random_program
+from tests.engine.exact_scripts import run_exactly
 from tests.engine.reference import Reference, compare_with_best
 from tests.engine.regimes import REGIMES
+from tests.engine.results_of import branches_of
 from tests.engine.test_checkpoints import LONG, two_branches, write
 from tests.engine.test_server import Server, start_server
 
@@ -43,12 +43,6 @@ aici.start(main())
 """
 
 
-def branches(output: Any) -> list[Any]:
-    found = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"]).branches
-    assert [branch.error for branch in found] == [None] * len(found)
-    return found
-
-
 def test_tensor_parallel_workers_all_get_the_masks(
     engine: Engines, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,15 +51,7 @@ def test_tensor_parallel_workers_all_get_the_masks(
         monkeypatch.setenv(name, value)
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 32}
     llm = engine(REGIMES[3], "random", **two, **aici_vllm.engine_args())
-    programs = [json.dumps(random_program(random.Random(seed))) for seed in range(700, 710)]
-    params = [aici_vllm.request_params(controller, program) for program in programs]
-    outputs = llm.generate(["Hello there"] * len(params), params, use_tqdm=False)
-    reference = Reference(random_folder)
-    compared = 0
-    for output in outputs:
-        for branch in branches(output):
-            compared += compare_with_best(reference, output.prompt_token_ids, branch)
-    assert compared > 100
+    run_exactly(llm, range(700, 710), partial(compare_with_best, Reference(random_folder)))
 
     (made,) = aici_vllm.run(llm, two_branches, ["Start"], controller_arg=LONG, checkpoint="two")
     for branch in made.branches:
@@ -115,7 +101,7 @@ def test_data_parallel_engines_both_run_controllers(server: Server, random_folde
         outputs = list(pool.map(lambda text: complete(server, text), words * 2))
     compared = 0
     for output in outputs:
-        found = branches(output)
+        found = branches_of(output)
         assert len(found) == 3
         assert set(output.kv_transfer_params["controller"]["variables"]) == {"last0", "last1", "last2"}
         for branch in found:
@@ -130,16 +116,16 @@ def test_choices_of_one_request_meet_in_one_engine(server: Server) -> None:
     with ThreadPoolExecutor(6) as pool:
         outputs = list(pool.map(lambda _: complete(server, " so", n=3, temperature=1.0), range(6)))
     for output in outputs:
-        found = branches(output)
+        found = branches_of(output)
         assert [choice.token_ids for choice in output.choices] == [branch.token_ids for branch in found]
 
 
 def test_a_checkpoint_is_gone_on_from_in_its_engine(server: Server, random_folder: Path) -> None:
-    made = branches(complete(server, LONG, rank=1, controller_checkpoint="kept"))
+    made = branches_of(complete(server, LONG, rank=1, controller_checkpoint="kept"))
     assert [branch.checkpoint for branch in made] == ["kept/0", "kept/1", "kept/2"]
-    again = branches(complete(server, " so", rank=1, prompt="", controller_from="kept/2"))
+    again = branches_of(complete(server, " so", rank=1, prompt="", controller_from="kept/2"))
     text = prompt_of(Reference(random_folder), "Hello there") + made[2].token_ids
-    whole = branches(complete(server, " so", prompt=text))
+    whole = branches_of(complete(server, " so", prompt=text))
     assert [branch.token_ids for branch in again] == [branch.token_ids for branch in whole]
     elsewhere = complete(server, " so", rank=0, prompt="", controller_from="kept/2")
     error = elsewhere.kv_transfer_params["controller"]["branches"][0]["error"]

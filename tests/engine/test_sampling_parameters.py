@@ -17,6 +17,7 @@ from tests.engine.random_model import TOKENS
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.reference import Reference
 from tests.engine.regimes import Regime
+from tests.engine.results_of import result_of
 
 CLOSE = 2e-3
 """How far logprobs of `transformers` and of vLLM may be apart."""
@@ -62,7 +63,7 @@ def run(llm: LLM, script: Callable[..., Any], prompt: str, arg: str = "", **para
 
 
 def branches(output: Any) -> list[Any]:
-    return aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"]).branches
+    return result_of(output).branches
 
 
 def plain(llm: LLM, prompt: str, **params: Any) -> Any:

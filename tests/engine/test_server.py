@@ -57,7 +57,7 @@ AICI_SERVE = (sys.executable, "-m", "aici_vllm.cli", "serve")
 def start_server(
     folder: Path, *flags: str, command: tuple[str, ...] = AICI_SERVE, **environment: str
 ) -> Iterator[Server]:
-    """A server of the embedded model on a free port, stopped at the end."""
+    """A server of the model in `folder` on a free port, stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -9,9 +9,10 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 import aici_vllm
-from tests.engine.conftest import Engines
+from tests.engine.conftest import Engines, exhaustive
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.regimes import REGIMES, Regime
+from tests.engine.results_of import branches_of
 
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 4}}, "required": ["name"]}
 GRAMMARS = [
@@ -40,10 +41,7 @@ def choices(output: Any) -> list[Any]:
     return [(choice.text, choice.token_ids, choice.finish_reason) for choice in output.outputs]
 
 
-V2_ASYNC = pytest.param(REGIMES[3], marks=pytest.mark.exhaustive)
-
-
-@pytest.mark.parametrize("chosen", [REGIMES[0], V2_ASYNC], ids=lambda chosen: chosen.name)
+@pytest.mark.parametrize("chosen", [REGIMES[0], exhaustive(REGIMES[3])], ids=lambda chosen: chosen.name)
 def test_plain_requests_do_not_notice_controllers(engine: Engines, chosen: Regime) -> None:
     plain = plain_requests()
     unmodified = engine(chosen, "random")
@@ -69,6 +67,4 @@ def _results(llm: LLM, params: list[SamplingParams]) -> list[Any]:
 
 
 def _branches(output: Any) -> list[Any]:
-    result = aici_vllm.ControllerResult.from_json(output.kv_transfer_params["controller"])
-    assert [branch.error for branch in result.branches] == [None] * len(result.branches)
-    return [branch.token_ids for branch in result.branches]
+    return [branch.token_ids for branch in branches_of(output)]

@@ -7,17 +7,13 @@ import pytest
 from vllm import LLM, SamplingParams
 
 import aici_vllm
-from tests.engine.conftest import Engines
+from tests.engine.conftest import SMALL, Engines, exhaustive
 from tests.engine.random_scripts import controller, random_program
 from tests.engine.regimes import REGIMES, Regime
-
-SMALL = {"max_model_len": 1024, "num_gpu_blocks_override": 12, "max_num_seqs": 16}
-
-
-V1_SYNC = pytest.param(REGIMES[0], marks=pytest.mark.exhaustive)
+from tests.engine.results_of import branches_of
 
 
-@pytest.mark.parametrize("chosen", [V1_SYNC, REGIMES[3]], ids=lambda chosen: chosen.name)
+@pytest.mark.parametrize("chosen", [exhaustive(REGIMES[0]), REGIMES[3]], ids=lambda chosen: chosen.name)
 def test_scripts_end_the_same_when_blocks_are_short(engine: Engines, chosen: Regime) -> None:
     programs = [json.dumps(random_program(random.Random(seed))) for seed in range(100, 124)]
     roomy = engine(chosen, "random", **aici_vllm.engine_args())
@@ -30,6 +26,4 @@ def test_scripts_end_the_same_when_blocks_are_short(engine: Engines, chosen: Reg
 
 def _token_ids(llm: LLM, params: list[SamplingParams]) -> list[list[list[int]]]:
     outputs = llm.generate(["Hello there"] * len(params), params, use_tqdm=False)
-    found = [aici_vllm.ControllerResult.from_json(o.kv_transfer_params["controller"]) for o in outputs]
-    assert [b.error for result in found for b in result.branches if b.error] == []
-    return [[branch.token_ids for branch in result.branches] for result in found]
+    return [[branch.token_ids for branch in branches_of(output)] for output in outputs]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import aici_vllm
-from tests.engine.conftest import Engines
+from tests.engine.conftest import Engines, exhaustive
 from tests.engine.exact_scripts import run_exactly
 from tests.engine.random_model import random_eagle
 from tests.engine.reference import Reference, compare_with_best
@@ -23,10 +23,7 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-EXHAUSTIVE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("n-gram", "EAGLE")]
-
-
-@pytest.mark.parametrize("name", ["draft model", *EXHAUSTIVE])
+@pytest.mark.parametrize("name", ["draft model", exhaustive("n-gram"), exhaustive("EAGLE")])
 def test_random_scripts_are_greedy_exact_with_drafts(
     engine: Engines, name: str, random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
