@@ -106,7 +106,12 @@ class Store:
         Raises:
             UnknownControllerError: it is not here.
         """
-        return self._text(module_id)
+        with self._reading():
+            try:
+                found = self._source_path(module_id).stat()
+                return self._text(module_id, (found.st_mtime_ns, found.st_size, found.st_ino))
+            except FileNotFoundError:
+                raise UnknownControllerError(f"there is no controller {module_id}") from None
 
     def sources(self) -> list[StoredController]:
         """All controllers, the newest first."""
@@ -159,12 +164,9 @@ class Store:
     def _source_path(self, module_id: str) -> Path:
         return self._sources / f"{module_id}.py"
 
-    def _read_text(self, module_id: str) -> str:
-        with self._reading():
-            try:
-                source = self._source_path(module_id).read_bytes()
-            except FileNotFoundError:
-                raise UnknownControllerError(f"there is no controller {module_id}") from None
+    def _read_text(self, module_id: str, version: tuple[int, int, int]) -> str:
+        """The text of a file that is there; kept as long as its `version` is the same."""
+        source = self._source_path(module_id).read_bytes()
         if hashlib.sha256(source).hexdigest() != module_id:
             raise StoreError(
                 f"controller {module_id} is damaged on disk: upload it again",

@@ -94,6 +94,36 @@ def test_a_damaged_source_is_refused_and_mended_by_an_upload(store: Store) -> No
     assert store.get(stored.module_id) == "good"
 
 
+def test_a_source_that_was_read_is_missed_when_its_file_goes_or_changes(store: Store) -> None:
+    stored = store.put(b"good")
+    path = store.folder / "sources" / f"{stored.module_id}.py"
+    assert store.get(stored.module_id) == "good"
+    # Same size and inode; the clock that stamps files may not have ticked since.
+    path.write_bytes(b"evil")
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(StoreError, match="damaged on disk"):
+        store.get(stored.module_id)
+    store.put(b"good")
+    assert store.get(stored.module_id) == "good"
+    path.unlink()
+    with pytest.raises(UnknownControllerError, match="there is no controller"):
+        store.get(stored.module_id)
+
+
+def test_a_source_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    module_id = store.put(b"good").module_id
+    read = []
+    original = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert [store.get(module_id) for _ in range(3)] == ["good"] * 3
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"tags": [{"tag": "a"}]}', '{"tags": 5}'])
 def test_a_damaged_file_of_tags_says_what_to_do(store: Store, content: str) -> None:
     store.put(b"1")
