@@ -4,6 +4,12 @@ import threading
 
 from aici_vllm.controller.errors import LimitError
 
+MOST_WRITES = 4096
+"""Writes that are noted until they are taken."""
+
+NOTED = 4
+"""How many times the limit of all variables the values of those writes may hold."""
+
 
 class Variables:
     """Name → bytes. Safe to use from several threads; every call is one atomic change."""
@@ -11,6 +17,8 @@ class Variables:
     def __init__(self, limit_bytes: int):
         self._limit = limit_bytes
         self._values: dict[str, bytes] = {}
+        self._held = 0
+        self._noted = 0
         self._writes: list[tuple[int, str, bytes, str]] | None = None
         self._lock = threading.Lock()
 
@@ -26,9 +34,11 @@ class Variables:
         """Set or replace a variable; `writer` is the index of the branch that does.
 
         Raises:
-            LimitError: all variables together would be over the limit.
+            LimitError: all variables together would be over the limit, or too much was written in one step of
+                a request that somebody watches.
         """
         with self._lock:
+            self._check_writes(name, value)
             self._store(name, value)
             self._note(writer, name, value, "Set")
 
@@ -36,9 +46,10 @@ class Variables:
         """Add to the end of a variable; a missing one starts empty.
 
         Raises:
-            LimitError: all variables together would be over the limit.
+            LimitError: as for `set`.
         """
         with self._lock:
+            self._check_writes(name, value)
             self._store(name, self._values.get(name, b"") + value)
             self._note(writer, name, value, "Append")
 
@@ -59,14 +70,28 @@ class Variables:
         """The writes since the last call, in order: (writer, name, value, "Set" | "Append")."""
         with self._lock:
             writes, self._writes = self._writes or [], None if self._writes is None else []
+            self._noted = 0
         return writes
+
+    def _check_writes(self, name: str, value: bytes) -> None:
+        if self._writes is None:
+            return
+        most = NOTED * self._limit
+        if len(self._writes) >= MOST_WRITES or self._noted + len(name) + len(value) > most:
+            raise LimitError(
+                f"while a client watches, variables may be written {MOST_WRITES} times in a step, "
+                f"with {most} bytes in all"
+            )
 
     def _note(self, writer: int, name: str, value: bytes, operation: str) -> None:
         if self._writes is not None:
             self._writes.append((writer, name, value, operation))
+            self._noted += len(name) + len(value)
 
     def _store(self, name: str, value: bytes) -> None:
-        others = sum(len(n) + len(v) for n, v in self._values.items() if n != name)
-        if others + len(name) + len(value) > self._limit:
+        before = self._values.get(name)
+        held = self._held + len(value) + (len(name) if before is None else -len(before))
+        if held > self._limit:
             raise LimitError(f"the variables of a request may hold {self._limit} bytes together")
+        self._held = held
         self._values[name] = value

@@ -29,19 +29,21 @@ class LiveView:
 
     def take(self) -> dict[str, Any] | None:
         """What happened since the last call; None when nothing did."""
-        writes = self.group.group.variables.take_writes()
+        writes: dict[int, list[list[Any]]] = {}
+        for writer, *write in self.group.group.variables.take_writes():
+            writes.setdefault(writer, []).append(write)
         members = [self.group.members[index] for index in sorted(self.group.members)]
         forks = [fork for member in members if (fork := self._fork(member, writes)) is not None]
         return {"forks": forks, "usage": usage(members)} if forks else None
 
-    def _fork(self, member: Controlled, writes: list[tuple[int, str, bytes, str]]) -> dict[str, Any] | None:
+    def _fork(self, member: Controlled, writes: dict[int, list[list[Any]]]) -> dict[str, Any] | None:
         branch = member.branch
         if branch.index in self.told_end:
             return None
         fork: dict[str, Any] = {
             "changes": branch.sequence.take_changes(),
             "logs": branch.log.take_new(),
-            "storage": [list(write) for writer, *write in writes if writer == branch.index],
+            "storage": writes.get(branch.index, []),
         }
         if not any(fork.values()) and branch.finish_reason is None:
             return None

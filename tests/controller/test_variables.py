@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aici_vllm.controller.errors import LimitError
-from aici_vllm.controller.variables import Variables
+from aici_vllm.controller.variables import MOST_WRITES, NOTED, Variables
 
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["set", "append"]), st.sampled_from(["a", "bb", "ccc"]), st.binary(max_size=8)),
@@ -77,3 +78,32 @@ def test_writes_are_noted_for_who_watches() -> None:
         variables.set("b", b"x" * 101)
     assert variables.take_writes() == [(2, "a", b"1", "Set"), (0, "a", b"2", "Append")]
     assert variables.take_writes() == []
+
+
+@pytest.mark.parametrize("write", [Variables.set, Variables.append])
+def test_writes_between_two_looks_are_bounded(write: Callable[..., None]) -> None:
+    variables = Variables(2000)
+    for _ in range(MOST_WRITES + 1):
+        write(variables, "a", b"")
+    variables.watch()
+    for _ in range(MOST_WRITES):
+        write(variables, "a", b"")
+    with pytest.raises(
+        LimitError, match="while a client watches, variables may be written 4096 times in a step"
+    ):
+        write(variables, "a", b"x")
+    assert variables.get("a") == b"" and len(variables.take_writes()) == MOST_WRITES
+    write(variables, "a", b"x")
+
+
+def test_bytes_written_between_two_looks_are_bounded() -> None:
+    variables = Variables(100)
+    variables.watch()
+    for _ in range(NOTED):
+        variables.set("a", b"x" * 99)
+    with pytest.raises(LimitError, match="with 400 bytes in all"):
+        variables.set("a", b"")
+    assert variables.get("a") == b"x" * 99
+    variables.take_writes()
+    variables.set("a", b"")
+    assert variables.take_writes() == [(0, "a", b"", "Set")]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from aici_vllm.engine import compat
+from aici_vllm.controller.branch import Branch
+from aici_vllm.controller.sequence import Sequence
+from aici_vllm.engine import compat, live
+from aici_vllm.engine.controlled import ControlledGroup
+from tests.controller.native import group_of
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +68,20 @@ def test_what_the_routes_lean_on_exists() -> None:
     assert callable(OpenAIServingModels.model_name)
     assert "self.output.add(output" in inspect.getsource(RequestOutputCollector.put)
     assert isinstance(ControllerEndpoints(), EndpointPlugin)
+
+
+def test_each_branch_is_told_with_what_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = group_of()
+    group.branches.append(Branch(group, 1, Sequence([1])))
+    members = {branch.index: SimpleNamespace(branch=branch) for branch in group.branches}
+    monkeypatch.setattr(live, "usage", lambda members: len(members))
+    view = live.LiveView(cast(ControlledGroup, SimpleNamespace(group=group, members=members)))
+    for writer, value in (0, b"a"), (1, b"b"), (0, b"c"):
+        group.variables.set("v", value, writer)
+    told = view.take()
+    assert told is not None
+    assert [fork["storage"] for fork in told["forks"]] == [
+        [["v", b"a", "Set"], ["v", b"c", "Set"]],
+        [["v", b"b", "Set"]],
+    ]
+    assert view.take() is None
