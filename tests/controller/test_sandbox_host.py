@@ -100,6 +100,27 @@ def test_long_lists_of_tokens_become_text_piece_by_piece(
     assert max(lengths) == host.PIECE and sum(lengths) < 10_000 + 220_000
 
 
+# Labels.
+
+
+def test_a_script_holds_so_many_labels(pool: SandboxPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MOST_LABELS", 3)
+    body = """
+    first = aici.Label()
+    await aici.FixedTokens("a")
+    for _ in range(5):
+        aici.Label()
+        aici.Label()
+        await aici.FixedTokens("b", following=first)
+    print([aici.Label().ptr for _ in range(2)])
+    aici.Label()
+    """
+    root = run_script(pool, script(body)).group.root
+    assert "[1, 1]\n" in str(root.log), "those whose text was taken back do not count"
+    assert root.error is not None
+    assert root.error.startswith("RuntimeError: a script may hold 3 labels")
+
+
 # What a turn may ask for.
 
 

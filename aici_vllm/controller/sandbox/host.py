@@ -17,6 +17,7 @@ from aici_vllm.controller import awaits, words
 from aici_vllm.controller.awaits import Awaitable, Decide, Decided
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult, Splice
+from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.sandbox.faults import long_limit
 from constraints import Constraint, TokenSet, Vocabulary
 
@@ -25,6 +26,9 @@ UNTIMED = frozenset(["FixedTokens", "gen_tokens", "gen_text", "new_constraint", 
 
 MOST_CONSTRAINTS = 256
 """Constraints that one script may hold."""
+
+MOST_LABELS = 1024
+"""Labels of one script whose text stands. The sandbox does not tell when a script forgets one."""
 
 LARGEST_ARGUMENT = 1 << 20
 """Characters, bytes and items that one call may hand over, all its arguments together."""
@@ -307,6 +311,10 @@ def get_config(host: Host, name: str) -> int:
 
 @_word
 def Label(host: Host) -> tuple[int, int]:
+    if len(host.branch.sequence.marks) >= MOST_LABELS:
+        raise LimitError(
+            f"a script may hold {MOST_LABELS} labels: make them where text may be taken back only"
+        )
     mark = host.branch.mark()
     return mark, host.branch.sequence.position(mark)
 
