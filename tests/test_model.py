@@ -151,6 +151,15 @@ def test_a_cache_that_is_a_file_is_named(tmp_path: Path) -> None:
         embedded_model(cache)
 
 
+def test_a_cache_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path, **more: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(ModelCacheError, match=r"Permission denied.*set AICI_CACHE"):
+        embedded_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("environment", "cache"),
     [
