@@ -255,6 +255,14 @@ class Client:
                     on_event(event)
         return record.finish()
 
+    def first_model(self) -> str:
+        """The model that the server names first.
+
+        Raises:
+            ServerError: it names none.
+        """
+        return str(_answer("models", self.http.get("models"))["data"][0]["id"])
+
     def completion(self, body: dict[str, Any]) -> Iterator[Event]:
         """The chunks of `POST /v1/completions`, for servers without the routes of controllers.
 

@@ -92,7 +92,7 @@ def _completion_events(client: Client, request: dict[str, Any]) -> Iterator[dict
         ServerError: the server refused the request, or answered without results.
     """
     body = {
-        "model": request["model"] or client.http.get("models").json()["data"][0]["id"],
+        "model": request["model"] or client.first_model(),
         "prompt": request["prompt"],
         "max_tokens": request["max_tokens"],
         "temperature": request["temperature"],
@@ -105,8 +105,7 @@ def _completion_events(client: Client, request: dict[str, Any]) -> Iterator[dict
             raise ServerError("run", chunk["error"].get("code", 500), chunk["error"]["message"])
         for choice in chunk["choices"]:
             yield _event(0, choice["text"])
-            if choice.get("finish_reason"):
-                found = json.loads(choice["stop_reason"])["controller"]
+            found = _results(choice.get("stop_reason")) or found
     if found is None:
         raise ServerError("run", 500, "the stream ended without results: does the server run the plugin?")
     for branch in found["branches"]:
@@ -114,6 +113,15 @@ def _completion_events(client: Client, request: dict[str, Any]) -> Iterator[dict
         fork = {name: branch[name] for name in ("finish_reason", "error", "logs")}
         yield _event(branch["index"], text, **fork)
     yield {"object": "run", "forks": [], "usage": found["usage"], "results": found}
+
+
+def _results(stop_reason: Any) -> dict[str, Any] | None:
+    """The results of a controller, which come as a stop reason; None where the stop reason is another one."""
+    try:
+        results: dict[str, Any] = json.loads(stop_reason)["controller"]
+    except (TypeError, ValueError, KeyError):
+        return None
+    return results
 
 
 def _event(index: int, text: str, **more: Any) -> dict[str, Any]:

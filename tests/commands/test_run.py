@@ -131,6 +131,34 @@ def test_a_server_without_the_routes_is_asked_for_a_completion(
     assert json.loads(table.asked[-1].content)["vllm_xargs"]["controller"] == "import aici\n"
 
 
+WITHOUT_PLUGIN = "aici run: the stream ended without results: does the server run the plugin?\n"
+
+
+@pytest.mark.parametrize("stop_reason", [None, 151645, "\n", "5", '{"other": 1}'])
+def test_a_server_without_the_plugin_is_asked_about(
+    table: Table, script: str, capsys: pytest.CaptureFixture[str], stop_reason: Any
+) -> None:
+    choice = {"text": "Hello", "finish_reason": "length", "stop_reason": stop_reason}
+    table.answers = {
+        "POST /v1/run": httpx.Response(404, json={"error": {"message": "Not Found"}}),
+        "GET /v1/models": httpx.Response(200, json={"data": [{"id": "m"}]}),
+        "POST /v1/completions": stream([{"choices": [choice]}, {"choices": []}]),
+    }
+    assert main(["run", script]) == 1
+    assert capsys.readouterr().err == WITHOUT_PLUGIN
+
+
+def test_a_server_that_names_no_models_is_one_line(
+    table: Table, script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.answers = {
+        "POST /v1/run": httpx.Response(404, json={"error": {"message": "Not Found"}}),
+        "GET /v1/models": httpx.Response(401, json={"error": "Unauthorized"}),
+    }
+    assert main(["run", script]) == 1
+    assert capsys.readouterr().err == "aici run: Unauthorized\n"
+
+
 def test_a_refusal_is_one_line(table: Table, script: str, capsys: pytest.CaptureFixture[str]) -> None:
     table.answers["POST /v1/run"] = httpx.Response(400, json={"error": {"message": "line 1: no"}})
     assert main(["run", script]) == 1
