@@ -13,7 +13,7 @@ import pytest
 from packaging.version import Version
 
 from aici_vllm.engine import compat
-from tests.engine.vllm_internals import MEMBERS, MIRRORED
+from tests.engine.vllm_internals import MEMBERS, MIRRORED, STATE
 from tests.engine.vllm_sources import Sources
 
 PACKAGE = Path(compat.__file__).parents[1]
@@ -63,6 +63,13 @@ def test_vllm_still_has(owner: str, member: str) -> None:
         assert taken is not None, f"{owner}.{name} is no function"
         asked = re.findall(r"\w+", wanted)
         assert [p for p in taken if p in asked] == asked, f"{owner}.{name} takes {taken}, not {asked}"
+
+
+@pytest.mark.parametrize(("function", "name"), [(f, n) for f, names in STATE.items() for n in names])
+def test_the_api_server_still_sets(function: str, name: str) -> None:
+    body = SOURCES.body(function)
+    assert body is not None, f"{function} is gone"
+    assert f"state.{name} = " in body, f"{function} sets no {name}"
 
 
 @pytest.mark.parametrize("path", MIRRORED)
