@@ -51,25 +51,25 @@ class Tables:
         return [sum(1 << terminal for terminal in found if terminal >= 0) for found in self.reduce]
 
 
-class _Sets:
+class Sets:
     """Which rules may be empty, and the first terminals of symbols, as bit sets (bit 0 is END)."""
 
     def __init__(self, grammar: Grammar):
         self.by_rule: list[list[int]] = [[] for _ in grammar.rules]
         for number, production in enumerate(grammar.productions):
             self.by_rule[production.rule].append(number)
-        self.empty = [False] * len(grammar.rules)
+        self.empty = _described(grammar, terminals=False)
         self.first = [0] * len(grammar.rules)
-        changed = True
-        while changed:
-            changed = False
-            for production in grammar.productions:
-                bits, empty = self.of(production.symbols)
-                rule = production.rule
-                if bits | self.first[rule] != self.first[rule] or (empty and not self.empty[rule]):
-                    self.first[rule] |= bits
-                    self.empty[rule] |= empty
-                    changed = True
+        feeds: list[list[int]] = [[] for _ in grammar.rules]
+        for production in grammar.productions:
+            for symbol in production.symbols:
+                if symbol < 0:
+                    self.first[production.rule] |= 2 << ~symbol
+                    break
+                feeds[symbol].append(production.rule)
+                if not self.empty[symbol]:
+                    break
+        _spread(self.first, feeds, Work())
 
     def of(self, symbols: Iterable[int]) -> tuple[int, bool]:
         """The first terminals of `symbols` in a row, and whether all of them may be empty."""
@@ -83,6 +83,31 @@ class _Sets:
         return bits, True
 
 
+def _described(grammar: Grammar, terminals: bool) -> list[bool]:
+    """By rule, whether it describes some text; without `terminals`, whether the empty one."""
+    users: list[list[int]] = [[] for _ in grammar.rules]
+    missing: list[int] = []
+    found = [False] * len(grammar.rules)
+    queue = []
+    for number, production in enumerate(grammar.productions):
+        missing.append(sum(symbol >= 0 or not terminals for symbol in production.symbols))
+        for symbol in production.symbols:
+            if symbol >= 0:
+                users[symbol].append(number)
+        if not missing[number]:
+            queue.append(production.rule)
+    while queue:
+        rule = queue.pop()
+        if found[rule]:
+            continue
+        found[rule] = True
+        for number in users[rule]:
+            missing[number] -= 1
+            if not missing[number]:
+                queue.append(grammar.productions[number].rule)
+    return found
+
+
 def make_tables(grammar: Grammar) -> Tables:
     """The tables of `grammar`. `ConstraintError` for a useless grammar, or one too large.
 
@@ -90,7 +115,7 @@ def make_tables(grammar: Grammar) -> Tables:
     reduce, the earlier production before the later.
     """
     _check_productive(grammar)
-    sets = _Sets(grammar)
+    sets = Sets(grammar)
     made, choices = _Lalr(grammar, sets).tables()
     if not choices:
         return made
@@ -103,19 +128,10 @@ def make_tables(grammar: Grammar) -> Tables:
 
 def _check_productive(grammar: Grammar) -> None:
     """Every rule that can be reached must describe some text."""
-    known: set[int] = set()
-    while True:
-        more = {
-            p.rule
-            for p in grammar.productions
-            if p.rule not in known and all(s < 0 or s in known for s in p.symbols)
-        }
-        if not more:
-            break
-        known |= more
+    known = _described(grammar, terminals=True)
     for production in grammar.productions:
         for symbol in (production.rule, *production.symbols):
-            if symbol >= 0 and symbol not in known:
+            if symbol >= 0 and not known[symbol]:
                 name = grammar.rules[symbol] if symbol else grammar.rules[grammar.productions[0].symbols[0]]
                 raise ConstraintError(
                     f"yacc grammar: rule {name} describes no text, it only refers to itself"
@@ -126,19 +142,31 @@ class _TooLarge(ConstraintError):
     pass
 
 
-class _Builder:
-    """What both constructions share: a bound on the work, and the entry of reductions into the tables."""
+class Work:
+    """A bound on what is done for one grammar."""
 
-    def __init__(self, grammar: Grammar, sets: _Sets):
+    def __init__(self) -> None:
+        self.done = 0.0
+
+    def look(self, times: int) -> None:
+        """Count what takes an eighth of the time of an item, `times` times."""
+        self.count((1 + times) / 8)
+
+    def count(self, work: float) -> None:
+        """Count items. `ConstraintError` when there were too many."""
+        self.done += work
+        if self.done > MAX_WORK:
+            raise _TooLarge("yacc grammar: its table takes too long to make; use fewer or shorter rules")
+
+
+class _Builder(Work):
+    """What both constructions share: the entry of reductions into the tables."""
+
+    def __init__(self, grammar: Grammar, sets: Sets):
+        super().__init__()
         self.grammar = grammar
         self.sets = sets
         self.moves: list[dict[int, int]] = []
-        self.work = 0
-
-    def count(self, work: int) -> None:
-        self.work += work
-        if self.work > MAX_WORK:
-            raise _TooLarge("yacc grammar: its table takes too long to make; use fewer or shorter rules")
 
     def new_state(self) -> int:
         if len(self.moves) >= MAX_STATES:
@@ -157,7 +185,8 @@ class _Builder:
             shift = {~symbol: to for symbol, to in moves.items() if symbol < 0}
             reduce: dict[int, int] = {}
             for production, ahead in found:
-                for terminal in _terminals(ahead):
+                self.look(4 * ahead.bit_count() + ahead.bit_length())
+                for terminal in (place - 1 for place in ones(ahead)):
                     choices |= terminal in reduce
                     tables.ambiguous |= self._decide(terminal, production, shift, reduce)
             tables.shift.append(shift)
@@ -188,7 +217,7 @@ class _Builder:
 class _Lalr(_Builder):
     """The LR(0) states, then for every rule begun in a state what may follow it there."""
 
-    def __init__(self, grammar: Grammar, sets: _Sets):
+    def __init__(self, grammar: Grammar, sets: Sets):
         super().__init__(grammar, sets)
         self.kernels: list[frozenset[Item]] = []
         self.begun = self._begun()
@@ -201,12 +230,13 @@ class _Lalr(_Builder):
             seen = {rule: None}
             queue = [rule]
             while queue:
-                for number in self.sets.by_rule[queue.pop()]:
+                productions = self.sets.by_rule[queue.pop()]
+                self.look(len(productions))
+                for number in productions:
                     first = self.grammar.productions[number].symbols[:1]
                     if first and first[0] >= 0 and first[0] not in seen:
                         seen[first[0]] = None
                         queue.append(first[0])
-            self.count(len(seen))
             found.append(tuple(seen))
         return found
 
@@ -251,16 +281,17 @@ class _Lalr(_Builder):
         feeds: list[list[int]] = [[] for _ in starts]
         for place, (state, rule) in enumerate(starts):
             after = self.moves[state][rule]
+            self.look(len(self.moves[after]))
             for other in self.moves[after]:
                 if other >= 0 and self.sets.empty[other]:
                     feeds[number[after, other]].append(place)
-        _spread(follow, feeds)
+        _spread(follow, feeds, self)
         feeds = [[] for _ in starts]
         ends: list[dict[int, list[int]]] = [{} for _ in self.moves]
         for place, (state, rule) in enumerate(starts):
             for production in self.sets.by_rule[rule]:
                 self._trace(place, state, production, number, feeds, ends)
-        _spread(follow, feeds)
+        _spread(follow, feeds, self)
         reductions = [
             [(production, _union(follow, places)) for production, places in sorted(found.items())]
             for found in ends
@@ -298,11 +329,12 @@ class _Lalr(_Builder):
                 break
 
 
-def _spread(bits: list[int], feeds: list[list[int]]) -> None:
+def _spread(bits: list[int], feeds: list[list[int]], work: Work) -> None:
     """Add each entry of `bits` to those that it feeds, until nothing changes."""
     queue = list(range(len(bits)))
     while queue:
         place = queue.pop()
+        work.look(len(feeds[place]))
         for other in feeds[place]:
             if bits[place] & ~bits[other]:
                 bits[other] |= bits[place]
@@ -319,7 +351,7 @@ def _union(bits: list[int], places: list[int]) -> int:
 class _Canonical(_Builder):
     """Canonical LR(1): states differ in their lookaheads too."""
 
-    def __init__(self, grammar: Grammar, sets: _Sets):
+    def __init__(self, grammar: Grammar, sets: Sets):
         super().__init__(grammar, sets)
         self.closures: list[dict[Item, int]] = []
         numbers: dict[frozenset[tuple[Item, int]], int] = {}
@@ -348,6 +380,8 @@ class _Canonical(_Builder):
             symbols = self.grammar.productions[production].symbols
             if at == len(symbols) or symbols[at] < 0:
                 continue
+            # Most of these looks are at what is known, and cost little.
+            self.count((len(symbols) - at + len(self.sets.by_rule[symbols[at]])) / 32)
             ahead, empty = self.sets.of(symbols[at + 1 :])
             if empty:
                 ahead |= items[item]
@@ -375,5 +409,6 @@ class _Canonical(_Builder):
         return self.enter(reductions)[0]
 
 
-def _terminals(bits: int) -> list[int]:
-    return [place - 1 for place in range(bits.bit_length()) if bits >> place & 1]
+def ones(bits: int) -> list[int]:
+    """Where `bits` has ones, ascending."""
+    return [place for place, bit in enumerate(f"{bits:b}"[::-1]) if bit == "1"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
 from constraints.lexer import Lexer
-from constraints.lr import ACCEPT, END, Tables, make_tables
+from constraints.lr import ACCEPT, END, Sets, Tables, Work, make_tables, ones
 from constraints.machine import Machine, MachineConstraint, compiled
 from constraints.token_set import Row, pack
 from constraints.trie import Ints, trie_of
@@ -56,7 +56,7 @@ class Reading:
         if terminals & self.tables.shifts[state]:
             return True
         # What it would neither shift nor reduce on is refused; a reduction has to be tried.
-        return any(self.shift(at, t) is not None for t in _bits(terminals & self.tables.reduces[state]))
+        return any(self.shift(at, t) is not None for t in ones(terminals & self.tables.reduces[state]))
 
     def shift(self, at: Overlay, terminal: int) -> Overlay | None:
         """The stack after `terminal`, None when the parser refuses it."""
@@ -194,46 +194,25 @@ class Lexemes:
 
 def neighbours(grammar: Grammar) -> list[int]:
     """For every terminal the terminals that may come right after it in some text, as a bit set."""
-    first, last, empty = _edges(grammar)
+    first, last = Sets(grammar), Sets(grammar.mirrored())
     found = [0] * len(grammar.terminals)
+    after_rule = [0] * len(grammar.rules)
     for production in grammar.productions:
-        symbols = production.symbols
-        for place, symbol in enumerate(symbols):
-            after = 0
-            for other in symbols[place + 1 :]:
-                after |= 1 << ~other if other < 0 else first[other]
-                if other < 0 or not empty[other]:
-                    break
-            before = 1 << ~symbol if symbol < 0 else last[symbol]
-            for terminal in _bits(before):
-                found[terminal] |= after
+        after = 0
+        for symbol in reversed(production.symbols):
+            if symbol < 0:
+                found[~symbol] |= after
+                after = 1 << ~symbol
+            else:
+                after_rule[symbol] |= after
+                after = first.first[symbol] >> 1 | (after if first.empty[symbol] else 0)
+    work = Work()
+    for rule, after in enumerate(after_rule):
+        ends = ones(last.first[rule] >> 1)
+        work.look(len(ends))
+        for terminal in ends:
+            found[terminal] |= after
     return found
-
-
-def _edges(grammar: Grammar) -> tuple[list[int], list[int], list[bool]]:
-    """By rule: the terminals it may begin with, those it may end with, and whether it may be empty."""
-    count = len(grammar.rules)
-    first, last, empty = [0] * count, [0] * count, [False] * count
-    changed = True
-    while changed:
-        changed = False
-        for production in grammar.productions:
-            rule = production.rule
-            for bits, symbols in ((first, production.symbols), (last, production.symbols[::-1])):
-                reached = bits[rule]
-                for symbol in symbols:
-                    reached |= 1 << ~symbol if symbol < 0 else bits[symbol]
-                    if symbol < 0 or not empty[symbol]:
-                        break
-                changed |= reached != bits[rule]
-                bits[rule] = reached
-            if not empty[rule] and all(s >= 0 and empty[s] for s in production.symbols):
-                empty[rule] = changed = True
-    return first, last, empty
-
-
-def _bits(bits: int) -> list[int]:
-    return [place for place in range(bits.bit_length()) if bits >> place & 1]
 
 
 class YaccMachine(Machine[State]):

@@ -9,6 +9,8 @@ from constraints.errors import ConstraintError
 
 SKIP = "SKIP"
 """The rule whose terminals may stand anywhere and mean nothing."""
+MAX_TEXT = 200_000
+"""Characters of a grammar."""
 MAX_GRAMMAR = 20_000
 """Symbols in all rules together."""
 
@@ -53,6 +55,11 @@ class Grammar:
     precedence: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Level (higher binds tighter) and `left`, `right` or `nonassoc`, by terminal."""
 
+    def mirrored(self) -> Grammar:
+        """The grammar of the same texts from their end to their start."""
+        turned = [Production(p.rule, p.symbols[::-1]) for p in self.productions]
+        return Grammar(self.rules, self.terminals, turned)
+
 
 @dataclass(frozen=True)
 class _Token:
@@ -74,6 +81,11 @@ def read_grammar(text: str) -> Grammar:
 
 class _Reader:
     def __init__(self, text: str):
+        if len(text) > MAX_TEXT:
+            raise ConstraintError(
+                f"yacc grammar: it has {len(text)} characters; {MAX_TEXT} are allowed, so use fewer or"
+                " shorter rules"
+            )
         self.text = text
         self.tokens = self._tokens()
         self.place = 0
@@ -87,12 +99,15 @@ class _Reader:
         return ConstraintError(f"yacc grammar, line {line}, column {column}: {what}")
 
     def _tokens(self) -> list[_Token]:
-        found, at = [], 0
+        found: list[_Token] = []
+        at = 0
         while at < len(self.text):
             match = TOKEN.match(self.text, at)
             if match is None:
                 raise self.error(f"unexpected {self.text[at]!r}", at)
             if match.lastgroup != "space":
+                if len(found) >= MAX_GRAMMAR:
+                    raise self.error(f"the grammar has more than {MAX_GRAMMAR} symbols", at)
                 found.append(_Token(str(match.lastgroup), match[0], at))
             at = match.end()
         return [*found, _Token("end", "", len(self.text))]
@@ -110,8 +125,6 @@ class _Reader:
             self._rule()
         if not self.found:
             raise self.error("there is no rule", len(self.text))
-        if len(self.tokens) > MAX_GRAMMAR:
-            raise self.error(f"the grammar has more than {MAX_GRAMMAR} symbols", 0)
         return self._number()
 
     def _head(self) -> None:
@@ -154,7 +167,10 @@ class _Reader:
         while (token := self._peek()).kind in ("name", "terminal", "directive"):
             self.place += 1
             if token.text == "%prec":
-                precedence = self._next()
+                precedence = self._peek()
+                if precedence.kind not in ("name", "terminal"):
+                    raise self.error("expected a terminal after '%prec'", precedence.at)
+                self.place += 1
             elif token.kind == "directive" and token.text != "%empty":
                 raise self.error(f"'{token.text}' is not supported in a rule", token.at)
             elif token.kind != "directive":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from constraints import ConstraintError, yacc
+from constraints.lr import make_tables
+from constraints.yacc_constraint import neighbours
+from constraints.yacc_grammar import Production, read_grammar
 from tests.constraints.grammar_oracle import GrammarOracle, Rules, as_yacc
 from tests.constraints.walks import small_vocabulary, walk
 
@@ -160,9 +164,62 @@ def test_the_key_of_a_state_is_as_deep_as_its_mask_looks():
         ("%foo x %% S: 'a' ;", "'%foo' is not supported"),
         ("%% S: 'a' ; SKIP: 'a' ;", "both skipped and used"),
         ("%% S: ; ", "no terminal"),
+        ("%% S: 'a' %prec", r"column 16: expected a terminal after '%prec'"),
+        ("%% S: 'a' %prec ;", r"column 17: expected a terminal after '%prec'"),
+        ("%% S: 'a' | 'a' %prec | 'a' ;", r"expected a terminal after '%prec'"),
+        ("%% S: " + "'a' " * 20_000 + ";", "line 1, column 79995: the grammar has more than 20000 symbols"),
+        ("%% S: '" + "a" * 200_000 + "' ;", "it has 200010 characters; 200000 are allowed"),
         ("%% S: 'a' $ ;", r"column 11: unexpected '\$'"),
     ],
 )
 def test_grammar_errors_say_what_and_where(grammar: str, message: str):
     with pytest.raises(ConstraintError, match=message):
         yacc(VOCABULARY, grammar)
+
+
+class Passes(list[Production]):
+    """Productions that count how often all of them are looked at."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Production]:
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_rules_that_hang_on_one_another_are_looked_at_once():
+    chain = " ".join(f"A{n}: A{n + 1} ;" for n in range(200))
+    for text in (f"%start A0 %% {chain} A200: 'x' ;", f"%start A0 %% A200: 'x' ; {chain}"):
+        grammar = read_grammar(text)
+        grammar.productions = passes = Passes(grammar.productions)
+        make_tables(grammar)
+        neighbours(grammar)
+        assert passes.passes < 20
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        # Hundreds of reductions, each on hundreds of terminals.
+        "S: "
+        + " | ".join(f"A 't{n}'" for n in range(150))
+        + "; A: "
+        + " | ".join(f"'u{n}'" for n in range(150)),
+        # Every rule may be empty, and follows every other.
+        " ".join(f"A{n}: A{n + 1} A{n + 1} | ;" for n in range(50)) + "A50: 'x' | ",
+    ],
+    ids=["lookaheads", "empty"],
+)
+def test_all_that_tables_take_is_counted(rules: str, monkeypatch: pytest.MonkeyPatch):
+    yacc(VOCABULARY, f"%% {rules} ;")
+    monkeypatch.setattr("constraints.lr.MAX_WORK", 5_000)
+    with pytest.raises(ConstraintError, match="takes too long to make"):
+        make_tables(read_grammar(f"%% {rules} ;"))
+
+
+def test_the_neighbours_of_terminals_are_counted(monkeypatch: pytest.MonkeyPatch):
+    rules = " ".join(f"A{n}: 'y' A{n + 1} | 'x{n}' ;" for n in range(100))
+    grammar = read_grammar(f"%% {rules} A100: 'x' ;")
+    monkeypatch.setattr("constraints.lr.MAX_WORK", 200)
+    with pytest.raises(ConstraintError, match="takes too long to make"):
+        neighbours(grammar)
