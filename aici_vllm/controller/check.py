@@ -9,7 +9,6 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from aici_vllm.controller.errors import ScriptError
 from aici_vllm.controller.limits import Limits
@@ -48,6 +47,15 @@ MODULES = frozenset(
 
 AICI_MODULES = frozenset(["aici", "aici_vllm", "aici_vllm.aici", "pyaici", "pyaici.server"])
 
+NATIVE = "pyaici.server_native"
+
+ABSENT = {
+    "register": "give aici.start() a coroutine",
+    "self_seq_id": "aici.fork() returns the number of the branch",
+    "is_server_side": "a script always runs in the server, so leave the question out",
+}
+"""Words of AICI's native module that there are none of here, and what to write instead."""
+
 MOST_TOKENS = 10_000
 """Words and signs outside strings. Python's parser holds everything up for about 3 us on each."""
 
@@ -67,16 +75,8 @@ class TakesBack(enum.Enum):
     ANYTHING = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class ScriptFacts:
-    """What is known of a script that the sandbox takes."""
-
-    takes_back: TakesBack
-    """Which text that it has written it could take back."""
-
-
 @functools.lru_cache(maxsize=32)
-def check_source(source: str, limits: Limits) -> ScriptFacts:
+def check_source(source: str, limits: Limits) -> None:
     """Look at a script before anything runs.
 
     Raises:
@@ -84,7 +84,6 @@ def check_source(source: str, limits: Limits) -> ScriptFacts:
     """
     for error in _errors(source, limits):
         raise error
-    return ScriptFacts(takes_back=takes_back(source))
 
 
 def all_errors(source: str, limits: Limits) -> list[ScriptError]:
@@ -102,7 +101,7 @@ def _errors(source: str, limits: Limits) -> Iterator[ScriptError]:
     _check_cost(source)
     tree = _parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, _SUSPECTS):
+        if isinstance(node, _SUSPECTS) or (isinstance(node, ast.Attribute) and node.attr in ABSENT):
             for message in _refusals(node):
                 yield ScriptError(
                     message, node.target.lineno if isinstance(node, ast.comprehension) else node.lineno
@@ -216,6 +215,8 @@ def _refusals(node: ast.AST) -> Iterator[str]:
                 yield from _import_refusals(alias.name)
         case ast.ImportFrom():
             yield from _import_from_refusals(node)
+        case ast.Attribute(value=ast.Name(id="aici"), attr=name):
+            yield _instead_of_word(name)
 
 
 def _class_refusals(node: ast.ClassDef) -> Iterator[str]:
@@ -248,8 +249,14 @@ def _instead_of_bases(name: str, bases: list[str]) -> str:
     return f"write `class {name}:`, and hold what it would inherit in an attribute"
 
 
+def _instead_of_word(name: str) -> str:
+    return f"aici has no {name}() here: {ABSENT[name]}"
+
+
 def _import_refusals(module: str) -> Iterator[str]:
-    if module not in MODULES | AICI_MODULES:
+    if module == NATIVE:
+        yield f"there is no {NATIVE} here: import pyaici.server, which has its words"
+    elif module not in MODULES | AICI_MODULES:
         yield f"the sandbox has no module {module!r}; it has aici, {', '.join(sorted(MODULES))}"
 
 
@@ -259,7 +266,12 @@ def _import_from_refusals(node: ast.ImportFrom) -> Iterator[str]:
     elif any(alias.name == "*" for alias in node.names):
         yield f"the sandbox has no `import *`: name what you need from {node.module}"
     elif node.module != "__future__":
-        yield from _import_refusals(node.module or "")
+        module = node.module or ""
+        names = [alias.name for alias in node.names]
+        native = module == "pyaici" and "server_native" in names
+        yield from _import_refusals(NATIVE if native else module)
+        if module in AICI_MODULES:
+            yield from map(_instead_of_word, filter(ABSENT.__contains__, names))
 
 
 def _start_errors(tree: ast.Module) -> Iterator[ScriptError]:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from aici_vllm.controller.check import (
     MODULES,
     SEARCHED,
-    ScriptFacts,
     TakesBack,
     all_errors,
     check_source,
@@ -36,7 +35,7 @@ def refusal(source: str, limits: Limits = LIMITS) -> str:
 
 
 def test_good_script() -> None:
-    assert check_source(GOOD, LIMITS) == ScriptFacts(takes_back=TakesBack.NOTHING)
+    check_source(GOOD, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +94,26 @@ def test_refuses_what_the_sandbox_cannot_run(code: str, message: str) -> None:
     ):
         session.feed_run(code)
     assert not isinstance(caught.value, pydantic_monty.MontyCrashedError)
+
+
+NATIVE_WORDS = {
+    "import pyaici.server_native as native": "there is no pyaici.server_native here: import pyaici.server",
+    "from pyaici.server_native import tokenize": "there is no pyaici.server_native here",
+    "from pyaici import server_native": "there is no pyaici.server_native here",
+    "aici.register(callbacks)": "aici has no register() here: give aici.start() a coroutine",
+    "print(aici.self_seq_id())": "aici has no self_seq_id() here: aici.fork() returns the number",
+    "from pyaici.server import gen_text, is_server_side": "aici has no is_server_side() here",
+}
+
+
+@pytest.mark.parametrize(("code", "message"), NATIVE_WORDS.items())
+def test_refuses_what_only_upstream_has(code: str, message: str) -> None:
+    found = refusal(f"import aici\n{code}\naici.start(main)\n")
+    assert found.startswith("line 2: ") and message in found
+
+
+def test_takes_a_script_s_own_words_of_the_same_names() -> None:
+    check_source(GOOD + "class A:\n    def register(self): pass\nA().register()\nregister = 1\n", LIMITS)
 
 
 SANDBOX_RUNS = [

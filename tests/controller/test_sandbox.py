@@ -375,6 +375,11 @@ def test_a_variable_named_again_is_copied_for_each_name_up_to_a_size(pool: Sandb
             script("await aici.gen_text(max_tokens=9999)"),
             "ValueError: max_tokens=9999 is more than the model's context of 1000 tokens (line 5)",
         ),
+        (
+            script("len(aici.TokenSet())"),
+            "TypeError: object of type 'TokenSet' has no len() here: the vocabulary has "
+            "aici.all_tokens().num_set() tokens (line 5)",
+        ),
         (script("x = sorted([1], key=aici.token_repr)\nawait x"), None),
         (
             script("await aici.GetPrompt()\nawait aici.GetPrompt()"),

@@ -15,6 +15,8 @@ SHOWN_FRAMES = 20
 """Frames that a traceback in the logs lists; recursion has a thousand."""
 
 ONE_STRING = "Internal error in monty: exceptions can only be called with zero or one string argument"
+NO_LENGTH = "object of type 'TokenSet' has no len()"
+ITS_LENGTH = "aici.all_tokens().num_set()"
 _IN_CALLBACK = re.compile(r"external function '(.+)' cannot suspend in this synchronous context")
 LONGEST_MESSAGE = 1000
 """Characters of a script's own message that a client is told."""
@@ -84,6 +86,7 @@ def _in_our_words(message: str, limits: Limits) -> str:
         return f"SyntaxError: the sandbox does not run {message.split(UNSUPPORTED)[1]}"
     if callback := _IN_CALLBACK.search(message):
         return f"NotImplementedError: {callback[1]}() cannot be asked from a sort key or another callback"
+    message = message.replace(NO_LENGTH, f"{NO_LENGTH} here: the vocabulary has {ITS_LENGTH} tokens")
     return message.replace(ONE_STRING, "in the sandbox an exception takes one string or nothing")
 
 
