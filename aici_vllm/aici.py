@@ -4,6 +4,7 @@ A controller is a coroutine function that awaits these words. The same words, wi
 are there in the sandbox for scripts that arrive in a request.
 """
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Coroutine, Generator
@@ -168,7 +169,7 @@ def controller_arg() -> str:
 
 def get_config(name: str) -> int:
     """1 for what this host can do ("fork", "backtrack", "ff_tokens"), 0 for anything else."""
-    return int(name in ("fork", "backtrack", "ff_tokens"))
+    return words.get_config(name)
 
 
 def fork_supported() -> bool:
@@ -205,19 +206,15 @@ async def wait_vars(*names: str) -> list[bytes]:
     return words.in_order(names, waited, await waited)
 
 
-def check_var(name: str, expected: str) -> None:
+def check_var(name: str, expected: str | bytes) -> None:
     """Raise AssertionError unless the variable holds `expected`."""
-    value = get_var(name)
-    if value is None:
-        raise AssertionError(f"Variable {name} is unset")
-    if value != expected.encode():
-        raise AssertionError(f"Variable {name}: {value.decode(errors='replace')!r} != {expected!r}")
+    _ask(words.check_var, name, expected)
 
 
 def check_vars(expected: dict[str, str]) -> None:
     """`check_var` for each."""
-    for name, value in expected.items():
-        check_var(name, value)
+    # What was asked is remembered for forks, and the script may change its own.
+    _ask(words.check_vars, copy.copy(expected))
 
 
 # Awaits.

@@ -6,6 +6,7 @@ Bad arguments raise here, so the error stands at the line of the script that mad
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import constraints
@@ -120,9 +121,9 @@ def _check_numbers(
         )
     if not isinstance(min_tokens, int) or not 0 <= min_tokens <= max_tokens:
         raise ValueError(f"min_tokens must be from 0 to max_tokens, not {min_tokens!r}")
-    if temperature is not None and not 0 <= temperature < math.inf:
+    if temperature is not None and not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature must be 0 or more, not {temperature!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
         raise ValueError(f"top_p must be over 0 and at most 1, not {top_p!r}")
 
 
@@ -207,6 +208,28 @@ def set_var(branch: Branch, name: str, value: str | bytes) -> None:
 def append_var(branch: Branch, name: str, value: str | bytes) -> None:
     """Add to the end of a variable; a missing one starts empty."""
     branch.group.variables.append(_check_name(name), _to_bytes(value), branch.index)
+
+
+def check_var(branch: Branch, name: str, expected: str | bytes) -> None:
+    """Raise AssertionError unless the variable holds the bytes of `expected`."""
+    found = get_var(branch, name)
+    if found is None:
+        raise AssertionError(f"Variable {name} is unset")
+    if found != _to_bytes(expected):
+        raise AssertionError(f"Variable {name}: {found.decode(errors='replace')!r} != {expected!r}")
+
+
+def check_vars(branch: Branch, expected: dict[str, str]) -> None:
+    """`check_var` for each."""
+    if not isinstance(expected, dict):
+        raise TypeError(f"check_vars() takes a dict, not {type(expected).__name__}")
+    for name, value in expected.items():
+        check_var(branch, name, value)
+
+
+def get_config(name: str) -> int:
+    """1 for what this host can do ("fork", "backtrack", "ff_tokens"), 0 for anything else."""
+    return int(name in ("fork", "backtrack", "ff_tokens"))
 
 
 def get_tokens(branch: Branch) -> list[int]:

@@ -139,7 +139,8 @@ def test_at_most_one_constraint_an_empty_one_counts(branch: Branch) -> None:
         ({"temperature": -0.1}, ValueError, "temperature must be 0 or more, not -0.1"),
         ({"temperature": math.nan}, ValueError, "temperature must be 0 or more, not nan"),
         ({"temperature": math.inf}, ValueError, "temperature must be 0 or more, not inf"),
-        ({"temperature": "hot"}, TypeError, "'<=' not supported"),
+        ({"temperature": "hot"}, ValueError, "temperature must be 0 or more, not 'hot'"),
+        ({"top_p": "x"}, ValueError, "top_p must be over 0 and at most 1, not 'x'"),
         ({"top_p": 0}, ValueError, "top_p must be over 0 and at most 1, not 0"),
         ({"top_p": 1.1}, ValueError, r"top_p must be over 0 and at most 1, not 1\.1"),
         ({"top_p": math.nan}, ValueError, "top_p must be over 0 and at most 1, not nan"),
@@ -273,6 +274,21 @@ def test_a_variable_is_named_by_a_string_and_holds_text(branch: Branch, word: An
     with pytest.raises(LimitError, match="may hold 20 bytes together"):
         word(branch, "v", "x" * 20)
     assert branch.group.variables.snapshot() == {}
+
+
+def test_bytes_decide_what_a_variable_holds(branch: Branch) -> None:
+    with pytest.raises(AssertionError, match=r"^Variable v is unset$"):
+        words.check_var(branch, "v", "x")
+    words.set_var(branch, "v", b"\xff")
+    words.check_var(branch, "v", b"\xff")
+    with pytest.raises(AssertionError, match=r"^Variable v: '\ufffd' != '\ufffd'$"):
+        words.check_var(branch, "v", "\ufffd")
+    words.set_var(branch, "w", "é")
+    words.check_vars(branch, {"w": "é"})
+    with pytest.raises(AssertionError, match="Variable w: 'é' != 'e'"):
+        words.check_vars(branch, {"w": "e"})
+    with pytest.raises(TypeError, match=r"check_vars\(\) takes a dict, not list"):
+        words.check_vars(branch, ["w"])  # type: ignore[arg-type]
 
 
 # Marks.

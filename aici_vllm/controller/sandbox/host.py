@@ -263,25 +263,17 @@ def append_var(host: Host, name: str, value: str | bytes) -> None:
 
 @_word
 def check_var(host: Host, name: str, value: str) -> None:
-    found = words.get_var(host.branch, name)
-    if found is None:
-        raise AssertionError(f"Variable {name} is unset")
-    text = found.decode(errors="replace")
-    if text != value:
-        raise AssertionError(f"Variable {name}: {text!r} != {value!r}")
+    words.check_var(host.branch, name, value)
 
 
 @_word
 def check_vars(host: Host, variables: dict[str, str]) -> None:
-    if not isinstance(variables, dict):
-        raise TypeError(f"check_vars() takes a dict, not {type(variables).__name__}")
-    for name, value in variables.items():
-        check_var(host, name, value)
+    words.check_vars(host.branch, variables)
 
 
 @_word
 def get_tokens(host: Host) -> list[int]:
-    return list(host.branch.sequence.tokens)
+    return words.get_tokens(host.branch)
 
 
 @_word
@@ -306,7 +298,7 @@ def backtrack_supported(host: Host) -> bool:
 
 @_word
 def get_config(host: Host, name: str) -> int:
-    return int(name in ("fork", "backtrack", "ff_tokens"))
+    return words.get_config(name)
 
 
 @_word

@@ -47,7 +47,8 @@ class Result:
 
 
 class SandboxProgram:
-    """One branch's script, run by the pool. It holds a worker only while a turn runs.
+    """One branch's script, run by the pool. It needs a worker while a turn runs, and else stays where nobody
+    else needs one.
 
     Attributes:
         seconds: CPU time of its turns, that of its questions in this process included.
