@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +39,14 @@ MAX_STATES = 20_000
 MAX_MEMORY = 2 * 1024**3
 """Address space of the process that builds."""
 MAX_SECONDS = 20
+MAX_FOLDER_BYTES = 1024**3
+"""Of all files in the folder; what was used longest ago is deleted."""
 WAITING = 64
 """Patterns that may wait to be built; others are not worth it."""
+MAX_ASKED = 10_000
+"""Patterns that are known to have been asked for, and reasons why some have no index."""
+
+log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
@@ -132,17 +140,53 @@ def _write(path: Path, rows: Row, places: dict[bytes, int]) -> None:
         (path.with_suffix(".states.npy"), np.frombuffer(names, np.uint8).reshape(-1, 20)),
         (path, rows),
     ):
-        with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        with NamedTemporaryFile(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp", delete=False) as file:
             np.save(file, array)
         os.replace(file.name, target)
+
+
+def trim(folder: Path, max_bytes: int) -> None:
+    """Delete what was used longest ago, until the rest of `folder` takes `max_bytes`.
+
+    Who has such a file mapped keeps what is in it.
+    """
+    sizes: dict[str, int] = {}
+    used: dict[str, int] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Both files of an index are one: one without the other is of no use.
+            name = entry.name.partition(".")[0]
+            # Another process may delete what is listed.
+            with suppress(FileNotFoundError):
+                about = entry.stat()
+                sizes[name] = sizes.get(name, 0) + about.st_size
+                used[name] = max(used.get(name, 0), about.st_mtime_ns)
+    total = sum(sizes.values())
+    for name in sorted(used, key=used.__getitem__):
+        if total <= max_bytes:
+            return
+        _delete(folder, f"{name}.*")
+        total -= sizes[name]
+
+
+def _delete(folder: Path, names: str) -> None:
+    for path in folder.glob(names):
+        with suppress(OSError):
+            path.unlink()
 
 
 class Builder:
     """Builds indexes one at a time, each in a process of its own. `failures` says why a path has none."""
 
-    def __init__(self, folder: Path | None = None, max_seconds: float = MAX_SECONDS):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        max_seconds: float = MAX_SECONDS,
+        max_bytes: int = MAX_FOLDER_BYTES,
+    ):
         self.folder = folder
         self.max_seconds = max_seconds
+        self.max_bytes = max_bytes
         self.failures: dict[Path, str] = {}
         self._queue: Queue[tuple[Vocabulary, str, Path, Callable[[Index], None]]] = Queue(WAITING)
         self._asked: set[Path] = set()
@@ -152,7 +196,12 @@ class Builder:
     def find(self, vocabulary: Vocabulary, pattern: str) -> Index | None:
         """The index on disk, None when there is none."""
         path = _path_of(self.folder or default_folder(), vocabulary, pattern)
-        return load(Path(path), vocabulary) if os.path.exists(path) else None
+        if not os.path.exists(path):
+            return None
+        # `trim` takes this for the time of its last use; a folder that is only read is trimmed by nobody.
+        with suppress(OSError):
+            os.utime(path)
+        return load(Path(path), vocabulary)
 
     def ask(self, vocabulary: Vocabulary, pattern: str, ready: Callable[[Index], None]) -> bool:
         """Build in the background and call `ready` from there.
@@ -167,6 +216,8 @@ class Builder:
                 self._queue.put_nowait((vocabulary, pattern, path, ready))
             except Full:
                 return False
+            if len(self._asked) >= MAX_ASKED:
+                self._asked.clear()
             self._asked.add(path)
             if self._thread is None:
                 self._thread = Thread(target=self._work, name="constraint indexes", daemon=True)
@@ -188,11 +239,22 @@ class Builder:
                 index = load(path, vocabulary)
                 if index is not None:
                     ready(index)
+                trim(path.parent, self.max_bytes)
             except (OSError, subprocess.SubprocessError, ConstraintError) as error:
                 # Without an index the pattern runs on as before; the reason is kept for whoever asks.
-                self.failures[path] = str(error)
+                self._failed(path, error)
+            except Exception as error:
+                log.exception("an index failed to be built; others still are")
+                self._failed(path, error)
             finally:
                 self._queue.task_done()
+
+    def _failed(self, path: Path, error: Exception) -> None:
+        if len(self.failures) >= MAX_ASKED:
+            self.failures.clear()
+        self.failures[path] = str(error)
+        # A process that is killed leaves what it was writing.
+        _delete(path.parent, f"{path.stem}-*.tmp")
 
     def _build(self, vocabulary: Vocabulary, pattern: str, path: Path) -> None:
         stored = path.parent / f"vocabulary-{vocabulary.key[:40]}.npz"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from constraints import ConstraintError, TokenSet, Vocabulary
-from constraints.index import Builder, build, load, path_of
+from constraints.index import Builder, Index, build, load, path_of, trim
 from constraints.regex_constraint import RegexConstraint, RegexMachine
 from tests.constraints.test_regex_constraint import PATTERNS, VOCABULARY
 
@@ -82,6 +84,78 @@ def test_what_is_too_large_fails_and_the_pattern_works_on(tmp_path: Path):
     assert RegexConstraint(machine).mask_row().any()
     with pytest.raises(ConstraintError, match="100 states"):
         build(VOCABULARY, "(a|b)*a(a|b){30}", tmp_path / "index.npy", max_states=100)
+
+
+def test_what_was_used_longest_ago_is_deleted_first(tmp_path: Path):
+    for age, name in enumerate(("index-new", "index-old", "index-oldest")):
+        for suffix in (".npy", ".states.npy"):
+            (tmp_path / (name + suffix)).write_bytes(b"." * 100)
+            os.utime(tmp_path / (name + suffix), (1000 - age, 1000 - age))
+    # One file of an index that was used says that of the other.
+    os.utime(tmp_path / "index-oldest.npy", (2000, 2000))
+    (tmp_path / "index-gone-x1.tmp").write_bytes(b"." * 100)
+    os.utime(tmp_path / "index-gone-x1.tmp", (1, 1))
+    trim(tmp_path, 500)
+    names = {"index-new.npy", "index-new.states.npy", "index-oldest.npy", "index-oldest.states.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    trim(tmp_path, 399)
+    assert {path.name for path in tmp_path.iterdir()} == {"index-oldest.npy", "index-oldest.states.npy"}
+
+
+def test_the_folder_is_trimmed_after_a_build_and_the_index_is_used(tmp_path: Path):
+    builder = Builder(tmp_path, max_bytes=0)
+    machine = RegexMachine(VOCABULARY, "[ab]+c", builder)
+    assert builder.ask(VOCABULARY, "[ab]+c", machine._use)
+    builder.wait()
+    assert not list(tmp_path.iterdir()), builder.failures
+    row = machine.indexed_row(machine.start)
+    assert row is not None and (row == machine.walked_row(machine.start)).all()
+
+
+def test_who_finds_an_index_uses_it(tmp_path: Path):
+    path = path_of(tmp_path, VOCABULARY, "a+")
+    build(VOCABULARY, "a+", path)
+    os.utime(path, (1000, 1000))
+    assert Builder(tmp_path).find(VOCABULARY, "a+") is not None
+    assert path.stat().st_mtime > 1000
+
+
+def test_a_process_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    builder = Builder(tmp_path)
+    path = path_of(tmp_path, VOCABULARY, "[ab]+c")
+    other = tmp_path / "index-other-x1.tmp"
+
+    def run(*args: object, **how: object) -> None:
+        path.with_name(f"{path.stem}-x1.tmp").touch()
+        other.touch()
+        raise subprocess.TimeoutExpired("build", 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert builder.ask(VOCABULARY, "[ab]+c", lambda index: None)
+    builder.wait()
+    assert path in builder.failures
+    assert list(tmp_path.glob("*.tmp")) == [other], "another process writes the other one"
+
+
+def test_no_error_ends_the_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("constraints.index.MAX_ASKED", 1)
+    builder = Builder(tmp_path)
+
+    def broken(index: Index) -> None:
+        raise KeyError("nobody expects this")
+
+    for pattern in ("a+", "b+"):
+        build(VOCABULARY, pattern, path_of(tmp_path, VOCABULARY, pattern))
+    monkeypatch.setattr(builder, "_build", lambda *job: None)
+    for pattern in ("a+", "b+"):
+        assert builder.ask(VOCABULARY, pattern, broken)
+    builder.wait()
+    assert caplog.text.count("KeyError: ") == 2
+    assert list(builder.failures) == [path_of(tmp_path, VOCABULARY, "b+")]
+    assert builder.ask(VOCABULARY, "a+", lambda index: None), "it was forgotten when the next one was asked"
+    builder.wait()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01\x00"])
