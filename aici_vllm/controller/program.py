@@ -131,6 +131,7 @@ class NativeProgram:
         self._shape: Any = None
         """Of the turn as the script made it: a branch may change the await it carries out."""
         self._told: list[_Result | _Answer] = []
+        self._lists: Lists = {}
         self._replay: _Replay | None = None
 
     def resume(self, value: Any = None, error: Exception | None = None) -> None:
@@ -172,8 +173,17 @@ class NativeProgram:
         except Exception as error:
             self._told.append(_Answer(question, None, error))
             raise
-        self._told.append(_Answer(question, _own(answer), None))
+        self._told.append(_Answer(question, self._grown(question, answer), None))
         return answer
+
+    def _grown(self, question: tuple[Any, ...], answer: Any) -> Any:
+        """What to remember of an answer: of a list, as all tokens so far, only what is new since the last."""
+        if not isinstance(answer, list):
+            return _own(answer)
+        before = self._lists.get(question, [])
+        kept = len(before) if answer[: len(before)] == before else 0
+        self._lists[question] = list(answer)
+        return _Grown(kept, answer[kept:])
 
     def _run(self, value: Any, error: Exception | None) -> None:
         started = time.perf_counter()
@@ -209,6 +219,7 @@ class NativeProgram:
             self._run(_own(result.value), result.error)
         if self._shape != stands_at:
             raise replay.stray("did something else", self._turn)
+        self._lists = replay.lists
         self._replay = None
 
     @contextlib.contextmanager
@@ -241,11 +252,24 @@ class _Answer:
     error: Exception | None
 
 
+Lists = dict[tuple[Any, ...], list[Any]]
+"""The last list that each question was answered with."""
+
+
+@dataclass(slots=True)
+class _Grown:
+    """A list: the first `kept` items of the last answer to the same question, then `added`."""
+
+    kept: int
+    added: list[Any]
+
+
 class _Replay:
     """What a first run was told, in order, for a second run that must ask for the same."""
 
     def __init__(self, told: list[_Result | _Answer]):
         self._told = iter(list(told))
+        self.lists: Lists = {}
         self._stray: ReplayError | None = None
 
     def answer(self, question: tuple[Any, ...]) -> Any:
@@ -255,7 +279,11 @@ class _Replay:
             raise self.stray("asked for something else")
         if told.error is not None:
             raise told.error
-        return _own(told.value)
+        if not isinstance(told.value, _Grown):
+            return _own(told.value)
+        value = self.lists.get(question, [])[: told.value.kept] + told.value.added
+        self.lists[question] = value
+        return list(value)
 
     def result(self, turn: Turn | None) -> _Result | None:
         """The next result, which must be that of `turn`'s await; None at the end."""

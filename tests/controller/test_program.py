@@ -17,6 +17,8 @@ from aici_vllm.controller.program import (
     NativeProgram,
     Raised,
     Returned,
+    _Answer,
+    _Grown,
     error_line,
     running_program,
     start_controller,
@@ -262,6 +264,28 @@ def test_a_fork_replays_every_answer_even_those_the_script_has_changed() -> None
     expected = "0 [112, 113] abxy! [120, 121, 1] [] b'w' [] b'w' {}\n"
     assert logs(engine, 0).endswith(expected.format(0))
     assert logs(engine, 1) == expected.format(1), "what came before a fork is the parent's to log"
+
+
+def test_lists_that_grow_are_remembered_once_and_replayed_whole() -> None:
+    async def controller() -> None:
+        label, seen = aici.Label(), []
+        for _ in range(50):
+            await aici.FixedTokens("a")
+            seen.append((len(aici.get_tokens()), len(label.tokens_since())))
+        await aici.FixedTokens("bc", following=label)
+        seen.append((len(aici.get_tokens()), len(label.tokens_since())))
+        for _ in range(2):
+            await aici.fork(2)
+            seen.append((len(aici.get_tokens()), len(label.tokens_since())))
+        aici.append_var("seen", f"{seen}\n")
+
+    engine = run(controller)
+    expected = [(number + 2, number + 2) for number in range(1, 51)] + [(2, 2)] * 3
+    assert engine.group.variables.get("seen") == f"{expected}\n".encode() * 4
+    for branch in engine.group.branches:
+        assert isinstance(branch.program, NativeProgram)
+        remembered = [told.value for told in branch.program._told if isinstance(told, _Answer)]
+        assert sum(len(value.added) for value in remembered if isinstance(value, _Grown)) <= 2 * (52 + 2)
 
 
 def test_what_a_script_told_the_world_is_not_told_again() -> None:
