@@ -10,7 +10,7 @@ from aici_vllm.controller import branch as branch_module
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.sandbox import SandboxPool, host
 from constraints import Constraint, Vocabulary
-from tests.controller.scripts import VOCABULARY, run_script, script
+from tests.controller.scripts import VOCABULARY, new_group, run_script, script
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +175,19 @@ def test_long_words_have_time_of_their_own_in_each_turn(
     assert root.error.startswith("TimeoutError: fixed texts and constraints may take 1 s between two awaits")
     assert str(root.log) == "[120]\n[120]\na\nb\nc\n"
     assert root.program is not None and root.program.seconds >= 3 * 3 * 0.4
+
+
+def test_arguments_that_are_refused_cost_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def size(value: object) -> int:
+        clock.now += 0.5
+        return host.LARGEST_ARGUMENT + 1
+
+    monkeypatch.setattr(host, "time", clock)
+    monkeypatch.setattr(host, "_size", size)
+    asked = host.Host(new_group().root)
+    for name in "tokenize", "get_var", "FixedTokens":
+        with pytest.raises(ValueError, match="the arguments of one call may hold 1048576"):
+            asked.call(name, [1, "x"], {})
+    assert (asked.seconds, asked.long_seconds) == (1.0, 0.5)

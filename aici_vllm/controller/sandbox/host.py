@@ -111,13 +111,13 @@ class Host:
         if name in UNTIMED and self.long_seconds > limits.init_seconds:
             raise OutOfTime(f"TimeoutError: {long_limit(limits)}")
         log_level, *given = args
-        _check_size([given, kwargs])
-        if isinstance(log_level, int):
-            self.branch.log_level = log_level
         word = WORDS[name]
         # The lane's own time: on a busy machine, others' is in the wall's.
         started = time.thread_time()
         try:
+            _check_size([given, kwargs])
+            if isinstance(log_level, int):
+                self.branch.log_level = log_level
             answer = word.function(self, *given, **kwargs)
         except TypeError:
             # Perhaps the arguments do not fit; asking before each call would take longer than most answers.
