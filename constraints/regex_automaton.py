@@ -41,17 +41,17 @@ class RegexAutomaton(Automaton):
         # A long pattern is a long chain, so tails are named before what stands before them.
         for part in reversed(waiting):
             if part not in self._digests:
-                self._digests[part] = blake2b(repr(self._content(part)).encode(), digest_size=16).digest()
+                self._digests[part] = blake2b(self._content(part), digest_size=16).digest()
         return self._digests[term]
 
-    def _content(self, term: Term) -> tuple[object, ...]:
+    def _content(self, term: Term) -> bytes:
         if isinstance(term, Cat):
-            return "cat", self._term_digest(term.head), self._digests[term.tail]
+            return b"cat" + self._term_digest(term.head) + self._digests[term.tail]
         if isinstance(term, Alt):
-            return "alt", *map(self._term_digest, term.options)
+            return b"alt" + b"".join(map(self._term_digest, term.options))
         if isinstance(term, Repeat):
-            return "repeat", self._term_digest(term.body), term.low, term.high
-        return ("bytes", term.sequences) if isinstance(term, Bytes) else ("epsilon",)
+            return b"repeat" + self._term_digest(term.body) + f"{term.low},{term.high}".encode()
+        return f"bytes{term.sequences}".encode() if isinstance(term, Bytes) else b"epsilon"
 
     def _lower(self, tree: Tree, tail: Term) -> Term | None:
         """The term of `tree` and then `tail`; None when it matches no text."""

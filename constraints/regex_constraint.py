@@ -31,8 +31,7 @@ MAX_QUICK = 8
 """Masks of a pattern that are made without llguidance: together they cost what it takes to read the pattern,
 and its masks cost half as much."""
 LONG = 1_000
-"""Ranges of characters in a pattern whose automaton is made with it, in 5 ms and more: who asks for its first
-mask would wait."""
+"""Ranges of characters in a pattern with which all that its first mask needs is made, in 5 ms and more."""
 PARTS_OF_STATE = 10
 """Terms of the automaton, or ranges of characters in the pattern, that take what a state takes."""
 WORTH_SECONDS = 0.02
@@ -62,16 +61,14 @@ class RegexMachine(Machine[int]):
         self._seconds = 0.0
         self._num_quick = 0
         if self._num_ranges > LONG:
-            _ = self.automaton
+            # Who compiles may be a thread that only waits; who asks for a first mask is the engine.
+            automaton = self.automaton
+            _ = automaton.digest(self.start) if self.index else self.fresh
 
     @cached_property
     def index(self) -> Index | None:
         """The index, looked for on disk when more than a few masks are asked for: reading it takes 1 ms."""
         return self._indexes.find(self.vocabulary, self.pattern)
-
-    @cached_property
-    def _accepts_nothing(self) -> bool:
-        return regex_syntax.is_nullable(self._tree)
 
     @cached_property
     def automaton(self) -> RegexAutomaton:
@@ -100,7 +97,9 @@ class RegexMachine(Machine[int]):
         return None if after == DEAD else after
 
     def accepts(self, state: int) -> bool:
-        return self._accepts_nothing if state == self.start else self.automaton.accepts(state)
+        if "automaton" not in self.__dict__:
+            return regex_syntax.is_nullable(self._tree)
+        return self.automaton.accepts(state)
 
     def next_bytes(self, state: int) -> bytes:
         return self.automaton.next_bytes(state)

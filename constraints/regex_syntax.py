@@ -166,10 +166,14 @@ def any_case(ranges: Ranges) -> Ranges:
         if len(codes) > FEW:
             codes = _cased()[bisect_left(_cased(), low) : bisect_right(_cased(), high)]
         for code in codes:
-            for other in (chr(code).lower(), chr(code).upper()):
-                if len(other) == 1 and ord(other) != code:
-                    found.append((ord(other), ord(other)))
+            found += _other_cases(code)
     return normal(found)
+
+
+@lru_cache(1024)
+def _other_cases(code: int) -> Ranges:
+    others = {chr(code).lower(), chr(code).upper()} - {chr(code)}
+    return tuple((ord(other), ord(other)) for other in others if len(other) == 1)
 
 
 def parse(pattern: str) -> Tree:

@@ -271,6 +271,13 @@ def test_repeats_of_long_repeats_are_followed_in_bounded_steps():
     assert constraint.machine.automaton.num_terms() <= before + 2 * 50_000
 
 
+def test_what_the_first_mask_of_a_long_pattern_needs_is_made_with_it():
+    made, pattern = regex(VOCABULARY, "[ab]c?" * 2).machine.__dict__, "[ab]c?" * 600
+    assert "automaton" not in made and "fresh" not in made
+    made = regex(VOCABULARY, pattern).machine.__dict__
+    assert "automaton" in made and "fresh" in made
+
+
 def test_the_states_of_a_machine_tell_what_its_pattern_takes():
     small, large = regex(VOCABULARY, "[ab]+c").machine, regex(VOCABULARY, "[ab]c" * 5_000).machine
     assert small.num_states() <= len(small.automaton) + 2
