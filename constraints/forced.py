@@ -43,7 +43,9 @@ def is_left_open(vocabulary: Vocabulary, forced: bytes, follow: bytes) -> bool:
 
     Then `canonical_run` is [] whatever came before, and need not be asked.
     """
-    return bool(follow) and forced.isascii() and _first_extendable(vocabulary, forced, follow) == 0
+    if not follow or len(forced) >= vocabulary.longest_token or not forced.isascii():
+        return False
+    return _begins_a_token(vocabulary, forced, _ends(follow))
 
 
 def _decoded(text: bytes, closed: bool) -> str | None:
@@ -83,14 +85,26 @@ def _common(left: list[int], right: list[int]) -> list[int]:
 
 def _first_extendable(vocabulary: Vocabulary, text: bytes, follow: bytes | None) -> int:
     """The first place in `text` from which some token runs past its end into a byte of `follow`."""
-    spellings = vocabulary.spellings
-    ends = [b""] if follow is None or len(follow) > 16 else [bytes([byte]) for byte in follow]
+    ends = _ends(follow)
     for start in range(max(0, len(text) - vocabulary.longest_token), len(text)):
-        for end in ends:
-            wanted = text[start:] + end
-            place = bisect_left(spellings, wanted)
-            # Without `end`, the token must be longer than the text that is left.
-            place += place < len(spellings) and not end and spellings[place] == wanted
-            if place < len(spellings) and spellings[place].startswith(wanted):
-                return start
+        if _begins_a_token(vocabulary, text[start:], ends):
+            return start
     return len(text)
+
+
+def _ends(follow: bytes | None) -> list[bytes]:
+    """What a token must have after the text that is left, to count as one that runs past its end."""
+    return [b""] if follow is None or len(follow) > 16 else [bytes([byte]) for byte in follow]
+
+
+def _begins_a_token(vocabulary: Vocabulary, text: bytes, ends: list[bytes]) -> bool:
+    """Whether some token is `text`, one of `ends` and perhaps more."""
+    spellings = vocabulary.spellings
+    for end in ends:
+        wanted = text + end
+        place = bisect_left(spellings, wanted)
+        # Without `end`, the token must be longer than the text that is left.
+        place += place < len(spellings) and not end and spellings[place] == wanted
+        if place < len(spellings) and spellings[place].startswith(wanted):
+            return True
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,10 +32,20 @@ COUNTED_EVERY = 8
 """Compilations between two counts of all states: a count takes some 20 µs."""
 
 
-class Machine(ABC, Generic[State]):
-    """States, and the tokens that lead from one to another, shared by all sequences of one thread.
+@dataclass(frozen=True)
+class Stretch(Generic[State]):
+    """Bytes that are forced one after another, and the state after them."""
 
-    A subclass says what bytes do; tokens, caches and forced runs follow.
+    text: bytes
+    after: State
+
+
+class Machine(ABC, Generic[State]):
+    """States, and the tokens that lead from one to another, shared by all sequences.
+
+    A subclass says what bytes do; tokens, caches and forced runs follow. The engine's thread and those that
+    answer scripts use one machine at once: what it remembers is looked up without a lock, and what makes more
+    than one entry takes one.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -47,6 +58,8 @@ class Machine(ABC, Generic[State]):
         """Whether neither the end nor a token is forced in a state, where that was asked."""
         self._following: dict[State, bytes] = {}
         self._runs: dict[Hashable, list[int]] = {}
+        self._stretches: dict[State, tuple[Stretch[State], int]] = {}
+        """The forced bytes that somebody walked through a state, and how many of them came before it."""
         self.places: Places | None = Places(self._onward)
         """The places of its states; None where what a state means may change while sequences stand there."""
 
@@ -137,6 +150,7 @@ class Machine(ABC, Generic[State]):
         self.choices.clear()
         self._following.clear()
         self._runs.clear()
+        self._stretches.clear()
 
     def forced_run(self, state: State, tokens: list[int]) -> list[int]:
         """The tokens that must follow `state`, which `tokens` led to."""
@@ -153,15 +167,38 @@ class Machine(ABC, Generic[State]):
 
     def forced_bytes(self, state: State) -> tuple[bytes, bytes]:
         """The bytes that must follow `state`, and those that may follow them."""
-        forced = bytearray()
-        follow = self.following(state)
-        while len(follow) == 1 and not self.accepts(state) and len(forced) < MAX_RUN:
-            after = self.step(state, follow)
-            if after is None:
+        forced = b""
+        while len(forced) < MAX_RUN and (found := self._stretch(state)):
+            stretch, begin = found
+            forced += stretch.text[begin:]
+            state = stretch.after
+        if len(forced) > MAX_RUN:
+            return forced[:MAX_RUN], forced[MAX_RUN : MAX_RUN + 1]
+        return forced, self.following(state)
+
+    def _stretch(self, state: State) -> tuple[Stretch[State], int] | None:
+        """Forced bytes through `state`, and how many of them come before it; None when it forces none.
+
+        A run is asked for at each of its tokens, so its bytes are walked once and remembered for all states.
+        """
+        known = self._stretches.get(state)
+        if known is not None:
+            return known
+        text, passed, at = bytearray(), [], state
+        while len(text) < MAX_RUN:
+            follow = self.following(at)
+            if len(follow) != 1 or self.accepts(at) or (after := self.step(at, follow)) is None:
                 break
-            forced += follow
-            state, follow = after, self.following(after)
-        return bytes(forced), follow
+            passed.append(at)
+            text += follow
+            at = after
+        if not text:
+            return None
+        if len(self._stretches) >= MAX_STEPS:
+            self._stretches.clear()
+        stretch = Stretch(bytes(text), at)
+        self._stretches.update((there, (stretch, place)) for place, there in enumerate(passed))
+        return stretch, 0
 
 
 class MachineConstraint(Constraint, Generic[State]):

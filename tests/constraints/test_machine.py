@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from random import Random
+
 import pytest
 
 from constraints import machine, regex
 from constraints.literals import OptionsMachine
+from constraints.machine import Machine
 from constraints.regex_constraint import RegexMachine
 from tests.constraints.walks import small_vocabulary
 
@@ -44,6 +48,44 @@ def test_forced_bytes_end_where_there_is_a_choice():
     state = made.step(made.start, b"abb")
     assert state is not None and made.forced_bytes(state) == (b"a", b"b")
     assert made.forced_run(made.start, []) == []
+
+
+def walked(made: Machine, state: Hashable, most: int) -> tuple[bytes, bytes]:
+    """The forced bytes, one after another."""
+    forced = b""
+    while len(forced) < most and not made.accepts(state) and len(follow := made.next_bytes(state)) == 1:
+        state, forced = made.step(state, follow), forced + follow
+    return forced, made.next_bytes(state)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 100])
+def test_forced_bytes_are_the_same_from_wherever_they_were_asked_before(
+    most: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(machine, "MAX_RUN", most)
+    texts = [b"abaabbabaababbababb", b"abaabbabaabbbaab", b"b"]
+    for seed in range(10):
+        made, rng = OptionsMachine(VOCABULARY, texts), Random(seed)
+        for _ in range(30):
+            text = rng.choice(texts)
+            state = made.step(made.start, text[: rng.randrange(len(text))])
+            assert state is not None and made.forced_bytes(state) == walked(made, state, most)
+
+
+def test_a_forced_run_is_walked_once_however_often_it_is_asked_for():
+    made = OptionsMachine(VOCABULARY, [b"ab" * 5_000])
+    steps = 0
+
+    def step(state: int, text: bytes) -> int | None:
+        nonlocal steps
+        steps += 1
+        return OptionsMachine.step(made, state, text)
+
+    made.step = step
+    for state in range(10_000):
+        made.has_choice(state)
+        made.forced_bytes(state)
+    assert steps == 10_000
 
 
 class Made:

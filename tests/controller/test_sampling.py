@@ -144,6 +144,22 @@ def test_stop_at_is_found_in_forced_text_too() -> None:
     assert running.take_forced() == list(b"abcd") and running.finished
 
 
+def test_long_forced_text_is_walked_once() -> None:
+    text = b"word and more " * 200
+    running = generation(constraints.options(VOCABULARY, [text]), max_tokens=5_000)
+    machine, steps = running.request.constraint.machine, 0  # type: ignore[attr-defined]
+
+    def step(state: int, piece: bytes) -> int | None:
+        nonlocal steps
+        steps += len(piece)
+        return type(machine).step(machine, state, piece)
+
+    machine.step = step
+    assert VOCABULARY.detokenize(running.take_forced()) == text and running.finished
+    # Once to find the run, and once more for its tokens.
+    assert steps == 2 * len(text)
+
+
 # Masks.
 
 
