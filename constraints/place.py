@@ -69,8 +69,7 @@ class Places:
         known = self._known.get((state, variant))
         if known is None:
             if len(self._known) >= MAX_PLACES:
-                self.forget()
-                self._known.clear()
+                self.clear()
             known = self._known[state, variant] = Place(self, state, variant)
         return known
 
@@ -82,9 +81,15 @@ class Places:
 
     def forget(self) -> None:
         """Drop every step. Who stands at a place stands well, and finds the way anew."""
-        for place in self._known.values():
+        # Another thread may add a place meanwhile.
+        for place in tuple(self._known.values()):
             place.onward.clear()
         self._num_links = 1
+
+    def clear(self) -> None:
+        """Drop every place too."""
+        self.forget()
+        self._known.clear()
 
 
 class Everywhere(Place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,23 +13,45 @@ from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
 from constraints.lexer import Lexer
 from constraints.lr import ACCEPT, END, Sets, Tables, Work, make_tables, ones
-from constraints.machine import Machine, MachineConstraint, compiled
+from constraints.machine import MAX_STEPS, Machine, MachineConstraint, compiled
 from constraints.token_set import Row, pack
 from constraints.trie import Ints, trie_of
 from constraints.vocabulary import Vocabulary
 from constraints.yacc_grammar import Grammar, read_grammar
 
-Stack = tuple[int, ...]
-State = tuple[Stack, int]
-"""The parser's stack, and the state of the lexer inside the lexeme that is being read."""
-
-Overlay = tuple[int, Stack]
-"""A stack as the lowest entries of a `Reading`'s, how many, and what is above them."""
-
 UNKNOWN = -2
 MAX_CODES = 20_000
 MAX_KEYS = 50_000
 MAX_REDUCTIONS = 10_000
+MAX_STACKS = 50_000
+STACKS_IN_A_STATE = 10
+"""A stack takes some 0.3 KB, a tenth of what states are counted as."""
+
+
+class Stack:
+    """The parser's stack: its top, and the stack below. A machine makes each once, so many share the rest."""
+
+    __slots__ = ("below", "depth", "state")
+
+    def __init__(self, state: int, below: Stack | None = None):
+        self.state = state
+        self.below: Stack = self if below is None else below
+        self.depth: int = 1 if below is None else below.depth + 1
+
+    def top(self, count: int) -> tuple[int, ...]:
+        """The uppermost `count` states, the top first."""
+        found, at = [], self
+        for _ in range(count):
+            found.append(at.state)
+            at = at.below
+        return tuple(found)
+
+
+State = tuple[Stack, int]
+"""The parser's stack, and the state of the lexer inside the lexeme that is being read."""
+
+Overlay = tuple[Stack, tuple[int, ...]]
+"""A stack as one that is known and what is above it, the top last."""
 
 
 class Reading:
@@ -36,19 +59,16 @@ class Reading:
 
     def __init__(self, tables: Tables, stack: Stack):
         self.tables = tables
-        self.stack = stack
-        self.lowest = len(stack)
-
-    def top(self) -> Overlay:
-        return len(self.stack), ()
+        self.top: Overlay = stack, ()
+        self.lowest = stack.depth
 
     def state(self, at: Overlay) -> int:
         """The state on top."""
         base, extra = at
         if extra:
             return extra[-1]
-        self.lowest = min(self.lowest, base - 1)
-        return self.stack[base - 1]
+        self.lowest = min(self.lowest, base.depth - 1)
+        return base.state
 
     def takes(self, at: Overlay, terminals: int) -> bool:
         """Whether the parser takes any of `terminals`, a bit set."""
@@ -77,28 +97,24 @@ class Reading:
         """Whether the text may end."""
         base, extra = at
         for _ in range(MAX_REDUCTIONS):
-            state = extra[-1] if extra else self.stack[base - 1]
+            state = extra[-1] if extra else base.state
             number = self.tables.reduce[state].get(END)
             if number is None or number == ACCEPT:
                 return number == ACCEPT
             base, extra = self._reduce(base, extra, number)
         return False
 
-    def _reduce(self, base: int, extra: Stack, number: int) -> Overlay:
+    def _reduce(self, base: Stack, extra: tuple[int, ...], number: int) -> Overlay:
         production = self.tables.productions[number]
         length = len(production.symbols)
         if length <= len(extra):
             extra = extra[: len(extra) - length]
         else:
-            base -= length - len(extra)
+            for _ in range(length - len(extra)):
+                base = base.below
             extra = ()
-        if not extra:
-            self.lowest = min(self.lowest, base - 1)
-        below = extra[-1] if extra else self.stack[base - 1]
+        below = self.state((base, extra))
         return base, (*extra, self.tables.goto[below][production.rule])
-
-    def whole(self, at: Overlay) -> Stack:
-        return self.stack[: at[0]] + at[1]
 
 
 @dataclass
@@ -114,7 +130,7 @@ class Classes:
 class Lexemes:
     """What tokens do to the lexer: the terminals they complete, one after another, and the state they end in.
 
-    Both together have a number, a code. No token is looked at twice in one lexer state.
+    Both together have a number, a code. No token is looked at twice in one lexer state. One thread at a time.
     """
 
     def __init__(self, vocabulary: Vocabulary, grammar: Grammar, lexer: Lexer):
@@ -226,44 +242,65 @@ class YaccMachine(Machine[State]):
         self.tables = make_tables(grammar)
         self.lexer = Lexer(grammar.terminals)
         self.lexemes = Lexemes(vocabulary, grammar, self.lexer)
+        self._bottom = Stack(0)
+        self._stacks: dict[tuple[Stack, int], Stack] = {}
         # By lexer state and depth: the tops of stacks whose masks depend on no more than them.
-        self._keys: dict[int, dict[int, set[Stack]]] = {}
+        self._keys: dict[int, dict[int, set[tuple[int, ...]]]] = {}
         self._num_keys = 0
+        self._names: dict[State, Hashable] = {}
         self._fresh: tuple[State | None, Row] = None, np.empty(0, np.int32)
+        self._lock = Lock()
 
     @property
     def start(self) -> State:
-        return (0,), 0
+        return self._bottom, 0
 
     def num_states(self) -> int:
-        return len(self.lexer) + len(self.lexemes.code) + len(self.tables.shift)
+        fixed = len(self.lexer) + len(self.lexemes.code) + len(self.tables.shift)
+        return fixed + len(self._stacks) // STACKS_IN_A_STATE
+
+    def forget(self) -> None:
+        super().forget()
+        self._names.clear()
+        self._stacks.clear()
+        if self.places is not None:
+            self.places.clear()
 
     def step(self, state: State, text: bytes) -> State | None:
-        stack, at = state
+        stack, lexer_state = state
         lexer = self.lexer
+        reading = Reading(self.tables, stack)
+        at = reading.top
         for byte in text:
-            after = lexer.row(at)[byte]
+            after = lexer.row(lexer_state)[byte]
             if after == DEAD:
-                closed = self._close(stack, at)
+                closed = self._close(reading, at, lexer_state)
                 after = lexer.row(0)[byte]
                 if closed is None or after == DEAD:
                     return None
-                stack = closed
-            at = after
+                at = closed
+            lexer_state = after
         # A lexeme that has become hopeless stays so, hence one look at the end is enough.
-        reading = Reading(self.tables, stack)
-        return (stack, at) if self._hopeful(reading, reading.top(), at) else None
+        return (self._whole(at), lexer_state) if self._hopeful(reading, at, lexer_state) else None
 
-    def _close(self, stack: Stack, at: int) -> Stack | None:
-        """The stack after the lexeme that ends in lexer state `at`."""
-        winner = self.lexer.winner[at]
+    def _whole(self, at: Overlay) -> Stack:
+        stack, extra = at
+        for state in extra:
+            known = self._stacks.get((stack, state))
+            if known is None:
+                if len(self._stacks) >= MAX_STACKS:
+                    # Who stands on one stands well: equal stacks may be two then, which is only too fine.
+                    self.forget()
+                known = self._stacks.setdefault((stack, state), Stack(state, stack))
+            stack = known
+        return stack
+
+    def _close(self, reading: Reading, at: Overlay, lexer_state: int) -> Overlay | None:
+        """The stack after the lexeme that ends in `lexer_state`."""
+        winner = self.lexer.winner[lexer_state]
         if winner < 0:
             return None
-        if self.lexemes.skipped >> winner & 1:
-            return stack
-        reading = Reading(self.tables, stack)
-        after = reading.shift(reading.top(), winner)
-        return None if after is None else reading.whole(after)
+        return at if self.lexemes.skipped >> winner & 1 else reading.shift(at, winner)
 
     def _hopeful(self, reading: Reading, at: Overlay, lexer_state: int) -> bool:
         """Whether the lexeme may still become something that the parser takes."""
@@ -273,62 +310,72 @@ class YaccMachine(Machine[State]):
         return reading.takes(at, reachable)
 
     def accepts(self, state: State) -> bool:
-        stack, at = state
-        closed = self._close(stack, at)
-        if closed is None:
-            return False
-        reading = Reading(self.tables, closed)
-        return reading.ends(reading.top())
+        stack, lexer_state = state
+        reading = Reading(self.tables, stack)
+        closed = self._close(reading, reading.top, lexer_state)
+        return closed is not None and reading.ends(closed)
 
     def next_bytes(self, state: State) -> bytes:
-        stack, at = state
-        closed = self._close(stack, at)
-        inside, outside = Reading(self.tables, stack), Reading(self.tables, closed or ())
+        stack, lexer_state = state
+        reading = Reading(self.tables, stack)
+        closed = self._close(reading, reading.top, lexer_state)
         hopeful: dict[tuple[bool, int], bool] = {}
         found = bytearray()
-        for byte, after in enumerate(self.lexer.row(at)):
-            ends = after == DEAD
+        for byte, after in enumerate(self.lexer.row(lexer_state)):
+            at, ends = reading.top, after == DEAD
             if ends:
                 after = self.lexer.row(0)[byte]
                 if closed is None or after == DEAD:
                     continue
+                at = closed
             if (ends, after) not in hopeful:
-                reading = outside if ends else inside
-                hopeful[ends, after] = self._hopeful(reading, reading.top(), after)
+                hopeful[ends, after] = self._hopeful(reading, at, after)
             if hopeful[ends, after]:
                 found.append(byte)
         return bytes(found)
 
     def state_key(self, state: State) -> Hashable:
         """As much of the stack as the mask depends on: how much that is, making the mask tells."""
-        stack, at = state
-        depths = self._keys.get(at, {})
-        for depth, known in depths.items():
-            if stack[-depth:] in known:
-                return at, stack[-depth:], self.accepts(state)
+        known = self._names.get(state)
+        if known is None:
+            if len(self._names) >= MAX_STEPS:
+                self._names.clear()
+            # The engine's thread and a script's may ask at once, and both would number the codes of lexemes.
+            with self._lock:
+                known = self._names[state] = *self._decisive(*state), self.accepts(state)
+        return known
+
+    def _decisive(self, stack: Stack, lexer_state: int) -> tuple[int, tuple[int, ...]]:
+        for depth, known in self._keys.get(lexer_state, {}).items():
+            if depth <= stack.depth and (top := stack.top(depth)) in known:
+                return lexer_state, top
         if self._num_keys >= MAX_KEYS:
             self._keys, self._num_keys = {}, 0
-        row, depth = self._evaluate(stack, at)
-        self._fresh = state, row
-        self._keys.setdefault(at, {}).setdefault(depth, set()).add(stack[-depth:])
+        row, depth = self._evaluate(stack, lexer_state)
+        self._fresh = (stack, lexer_state), row
+        top = stack.top(depth)
+        self._keys.setdefault(lexer_state, {}).setdefault(depth, set()).add(top)
         self._num_keys += 1
-        return at, stack[-depth:], self.accepts(state)
+        return lexer_state, top
 
     def text_row(self, state: State, tokens: list[int]) -> Row:
         fresh, row = self._fresh
-        return row.copy() if fresh == state else self._evaluate(*state)[0]
+        if fresh == state:
+            return row.copy()
+        with self._lock:
+            return self._evaluate(*state)[0]
 
-    def _evaluate(self, stack: Stack, at: int) -> tuple[Row, int]:
+    def _evaluate(self, stack: Stack, lexer_state: int) -> tuple[Row, int]:
         """The mask of a state, and how many entries from the top of the stack decide it."""
-        classes = self.lexemes.classes(at)
+        classes = self.lexemes.classes(lexer_state)
         reading = Reading(self.tables, stack)
-        after: dict[int, Overlay | None] = {0: reading.top()}
+        after: dict[int, Overlay | None] = {0: reading.top}
         verdicts: dict[tuple[int, int], bool] = {}
         passed = np.zeros(len(classes.codes), bool)
         for place, code in enumerate(classes.codes):
             passed[place] = self._passes(reading, after, verdicts, *self.lexemes.code[code])
         ids = classes.tokens[np.repeat(passed, classes.counts)]
-        return pack(ids, self.vocabulary.size), len(stack) - reading.lowest or 1
+        return pack(ids, self.vocabulary.size), stack.depth - reading.lowest or 1
 
     def _passes(
         self,

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from constraints import ConstraintError, yacc
+from constraints import ConstraintError, yacc, yacc_constraint
 from constraints.lr import make_tables
-from constraints.yacc_constraint import neighbours
+from constraints.machine import MachineConstraint
+from constraints.yacc_constraint import STACKS_IN_A_STATE, Stack, YaccMachine, neighbours
 from constraints.yacc_grammar import Production, read_grammar
 from tests.constraints.grammar_oracle import GrammarOracle, Rules, as_yacc
 from tests.constraints.walks import small_vocabulary, walk
@@ -148,6 +149,46 @@ def test_the_key_of_a_state_is_as_deep_as_its_mask_looks():
         assert masks[constraint.state_key()] == constraint.mask_row().tobytes()
     # `))` is the longest run of closing parentheses in a token, so the stack matters no deeper.
     assert len(masks) <= 4
+
+
+DEEP = '%% S: "(" S ")" | "a" ;'
+
+
+def test_a_stack_shares_what_is_below_its_top():
+    made = YaccMachine(VOCABULARY, DEEP)
+    state = made.start
+    for _ in range(1_000):
+        after = made.step(state, b"(")
+        assert after is not None and after == made.step(state, b"(")
+        # What is on top may have become another when the lexeme ended, so the parser is one behind.
+        assert after[0] is state[0] or after[0].below is state[0]
+        state = after
+    assert len(made._stacks) == 999 and made.num_states() >= 999 // STACKS_IN_A_STATE
+
+
+def test_stacks_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch):
+    def masks(made: YaccMachine) -> list[bytes]:
+        constraint, found = MachineConstraint(made), []
+        for token in VOCABULARY.greedy(b"(" * 150 + b"a" + b")" * 150):
+            found.append(constraint.mask_row().tobytes())
+            assert constraint.token_allowed(token) and constraint.place() is not None
+            constraint.append_token(token)
+            assert not constraint.has_choice() or constraint.state_key()
+        assert constraint.eos_allowed()
+        return found
+
+    wanted = masks(YaccMachine(VOCABULARY, DEEP))
+    monkeypatch.setattr(yacc_constraint, "MAX_STACKS", 20)
+    made = YaccMachine(VOCABULARY, DEEP)
+    assert masks(made) == wanted
+    assert max(map(len, (made._stacks, made.steps, made.choices, made._names))) <= 60
+
+
+def test_a_deep_stack_is_given_up_in_one_piece():
+    stack = Stack(0)
+    for state in range(200_000):
+        stack = Stack(state, stack)
+    del stack
 
 
 @pytest.mark.parametrize(
