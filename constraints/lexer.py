@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 from constraints import regex_syntax
 from constraints.automaton import DEAD
 from constraints.errors import ConstraintError
@@ -32,6 +34,7 @@ class Lexer:
         self._rows: list[list[int] | None] = []
         self.winner: list[int] = []
         self.reachable: list[int] = []
+        self._lock = Lock()
         self._number(tuple((i, automaton.start) for i, automaton in enumerate(self.automata)))
         if self.winner[0] >= 0:
             raise ConstraintError(
@@ -45,7 +48,9 @@ class Lexer:
         """The next state of the lexeme for each byte, DEAD where the lexeme ends before it."""
         known = self._rows[state]
         if known is None:
-            known = self._rows[state] = self._expand(self._states[state])
+            # A script's thread may step a grammar that the engine's thread steps too.
+            with self._lock:
+                known = self._rows[state] = self._rows[state] or self._expand(self._states[state])
         return known
 
     def _expand(self, state: Alive) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,11 +87,14 @@ class StepTable:
         self._row = row
         self._table = np.full((64, 256), DEAD, np.int32)
         self._known = np.zeros(64, bool)
+        self._lock = Lock()
 
     def __call__(self, states: Ints, texts: NDArray[np.uint8]) -> Ints:
         """The states after one byte each."""
         if len(states):
-            self._fill(states)
+            # Of two threads that walk at once, one would lose rows while the other grows the table.
+            with self._lock:
+                self._fill(states)
         return self._table[states, texts]
 
     def _fill(self, states: Ints) -> None:

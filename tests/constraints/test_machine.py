@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import sys
+from collections.abc import Callable, Hashable, Iterator
 from random import Random
+from threading import Barrier, Thread
 
 import pytest
 
 from constraints import machine, regex
-from constraints.literals import OptionsMachine
+from constraints.lexer import Lexer
+from constraints.literals import OptionsMachine, SubstringMachine
 from constraints.machine import Machine
 from constraints.regex_constraint import RegexMachine
+from constraints.yacc_constraint import YaccMachine
+from constraints.yacc_grammar import read_grammar
 from tests.constraints.walks import small_vocabulary
 
 VOCABULARY = small_vocabulary("ab", "a", "b", "abab")
@@ -113,3 +118,95 @@ def test_what_is_kept_is_bounded_in_number_and_in_states():
     assert kept.get("first", lambda: Made(0)) is not again
     worn = kept.get("worn", lambda: Made(large + 1))
     assert kept.get("worn", lambda: Made(1)) is not worn
+
+
+# Threads.
+
+NUM_THREADS = 4
+LETTERS = small_vocabulary(
+    "ab", "if ", "(a", "a)", "1.5", "[1", "el", " a b", single='abcdefils()[].,;=+-*/ 0123456789"_'
+)
+GRAMMAR = """%% S: S T | T ;
+    T: "if" E "else" E ";" | ID "=" E ";" ;
+    E: E "+" F | E "-" F | F ;
+    F: "(" E ")" | "[" A "]" | ID | '/[0-9]+(\\.[0-9]+)?/' | '/"[a-z ]*"/' ;
+    A: E | A "," E ;
+    ID: '/[a-z_][a-z0-9_]*/' ;
+    SKIP: " " ;"""
+MACHINES: dict[str, Callable[[], Machine]] = {
+    "yacc": lambda: YaccMachine(LETTERS, GRAMMAR),
+    "substring": lambda: SubstringMachine(LETTERS, b"if a b is a else a bed is a field as if a b " * 3, b'"'),
+    "regex": lambda: RegexMachine(LETTERS, r"([a-f]{1,9}|if (a|b)|\[[0-9]{1,7}\]){1,30}"),
+}
+
+
+@pytest.fixture
+def tiny_switch_interval() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(work: Callable[[int], None]) -> None:
+    """Let `work` run in several threads that start at once."""
+    barrier, errors = Barrier(NUM_THREADS), []
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=run, args=(number,)) for number in range(NUM_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def masks_of(made: Machine, seed: int) -> list[bytes]:
+    """The masks along a random walk, which is the same in equal machines."""
+    rng, state, found = Random(seed), made.start, []
+    for _ in range(30):
+        made.state_key(state)
+        row = made.text_row(state, [])
+        found.append(row.tobytes())
+        onward = [token for token in range(LETTERS.size) if row[token >> 5] >> (token & 31) & 1]
+        if not onward:
+            break
+        state = made.advance(state, rng.choice(onward))
+        assert state is not None
+        made.has_choice(state)
+    return found
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_threads_that_walk_one_machine_see_the_masks_of_one_that_is_alone(
+    kind: str, tiny_switch_interval: None
+):
+    wanted = [masks_of(MACHINES[kind](), number % 2) for number in range(NUM_THREADS)]
+    for _ in range(10 if kind == "yacc" else 5):
+        shared, got = MACHINES[kind](), [[] for _ in wanted]
+        together(lambda number, shared=shared, got=got: got[number].extend(masks_of(shared, number % 2)))
+        assert got == wanted
+
+
+def test_threads_that_step_one_lexer_agree_on_its_states(tiny_switch_interval: None):
+    terminals = read_grammar(GRAMMAR).terminals
+
+    def lexemes(lexer: Lexer, seed: int) -> list[tuple[int, int]]:
+        rng, state, found = Random(seed), 0, []
+        for _ in range(300):
+            state = lexer.row(state)[rng.choice(b'abcdefils()[].=09 "/')]
+            state = max(state, 0)
+            found.append((lexer.winner[state], lexer.reachable[state]))
+        return found
+
+    wanted = [lexemes(Lexer(terminals), number % 2) for number in range(NUM_THREADS)]
+    for _ in range(30):
+        lexer, got = Lexer(terminals), [[] for _ in wanted]
+        together(lambda number, lexer=lexer, got=got: got[number].extend(lexemes(lexer, number % 2)))
+        assert got == wanted
