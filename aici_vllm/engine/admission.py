@@ -7,7 +7,8 @@ A request carries a controller in `SamplingParams.extra_args` (over HTTP: `vllm_
 - `controller_arg`: a string for it;
 - `controller_checkpoint`: a name under which the engine keeps each branch when it ends, as `NAME/INDEX`;
 - `controller_from`: such a branch, whose text is this request's prompt;
-- `controller_drop`: a name whose checkpoints are not needed any more.
+- `controller_drop`: a name whose checkpoints are not needed any more;
+- `controller_live`: tell after every step what each branch did in it.
 """
 
 import copy
@@ -30,10 +31,13 @@ CONTROLLER_ARG = "controller_arg"
 CHECKPOINT = "controller_checkpoint"
 FROM = "controller_from"
 DROP = "controller_drop"
+LIVE = "controller_live"
 CHOICES = "controller_choices"
 """Set here for the engine: `n` of a request with more than one choice."""
 STOP_TOKENS = "controller_stop_tokens"
 """Set here for the engine: the client's own stop tokens, before vLLM adds the model's to them."""
+
+_KEYS = (CONTROLLER, CONTROLLER_ARG, CHECKPOINT, FROM, DROP, LIVE)
 
 INSTALLED_GROUP = "aici_vllm.controllers"
 CONFIG_KEY = "aici"
@@ -170,6 +174,11 @@ def checked_arguments(vllm_config: VllmConfig, params: SamplingParams) -> dict[s
     args = dict(params.extra_args or {})
     args[CONTROLLER] = _checked_controller(vllm_config, args[CONTROLLER])
     _encoded(CONTROLLER_ARG, args.get(CONTROLLER_ARG, ""))
+    for key, value in args.items():
+        if key.startswith(CONTROLLER) and key not in (*_KEYS, CHOICES, STOP_TOKENS):
+            raise BadRequestError(f"unknown argument {key!r}; there are {', '.join(_KEYS)}")
+        if isinstance(value, str):
+            _encoded(key, value)
     for key in (CHECKPOINT, FROM, DROP):
         name = args.get(key, "checkpoint")
         if not _encoded(key, name) or len(name) > NAME_LENGTH:

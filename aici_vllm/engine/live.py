@@ -1,6 +1,6 @@
 """What a client that watches its request is told after every step: what each branch did in it.
 
-A request asks for it with `extra_args[LIVE]`. Its outputs then carry, under `EVENTS` in
+A request asks for it with `controller_live`. Its outputs then carry, under `EVENTS` in
 `kv_transfer_params`, a list of events, oldest first; nothing in them is ever taken back or repeated.
 """
 
@@ -12,7 +12,6 @@ from vllm.v1.engine import EngineCoreOutput
 from aici_vllm.engine.controlled import Controlled, ControlledGroup
 from aici_vllm.engine.results import usage
 
-LIVE = "controller_live"
 EVENTS = "controller_events"
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vllm import envs
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -22,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from aici_vllm.controller.branch import Branch, Next
 from aici_vllm.controller.sampling import Sampling
-from aici_vllm.engine.admission import is_controlled, operator_limits
+from aici_vllm.engine.admission import LIVE, is_controlled, operator_limits
 from aici_vllm.engine.blocks import can_share, drop_copies, forget_uncomputed, keep_prefix, share_prefix
 from aici_vllm.engine.checkpoints import Checkpoints
 from aici_vllm.engine.compat import allocation_wrapped, require_supported, send_output_tokens
@@ -36,7 +38,7 @@ from aici_vllm.engine.controlled import (
     worker_params,
 )
 from aici_vllm.engine.grouping import arguments, choice_index, make_group, root_id
-from aici_vllm.engine.live import LIVE, LiveViews
+from aici_vllm.engine.live import LiveViews
 from aici_vllm.engine.logprobs import BranchLogprobs
 from aici_vllm.engine.masks import Lanes, MaskTable, table_rows
 from aici_vllm.engine.outputs import Outputs, put_first, put_last
@@ -53,16 +55,26 @@ SCRIPT_GRACE_IDLE = 0.005
 """The same while there is none."""
 
 
+def check_start(vllm_config: VllmConfig) -> None:
+    """Refuse an engine that would run controllers wrongly."""
+    if str(vllm_config.parallel_config.worker_cls).split(".")[0] != "aici_vllm":
+        raise ValueError(
+            "--scheduler-cls aici_vllm.Scheduler sends masks that only its own worker applies: "
+            "add --worker-cls aici_vllm.Worker"
+        )
+    if envs.VLLM_PLUGINS is not None and "aici" not in envs.VLLM_PLUGINS:
+        raise ValueError(
+            "--scheduler-cls aici_vllm.Scheduler takes only requests that its plugin has checked: "
+            "add aici to VLLM_PLUGINS, or leave that unset"
+        )
+
+
 class Scheduler(AsyncScheduler):
     """Use with `--scheduler-cls aici_vllm.Scheduler`, together with `--worker-cls aici_vllm.Worker`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if str(self.vllm_config.parallel_config.worker_cls).split(".")[0] != "aici_vllm":
-            raise ValueError(
-                "--scheduler-cls aici_vllm.Scheduler sends masks that only its own worker applies: "
-                "add --worker-cls aici_vllm.Worker"
-            )
+        check_start(self.vllm_config)
         model_config = self.vllm_config.model_config
         self.limits = operator_limits(self.vllm_config)
         self.vocabulary = model_vocabulary(model_config)

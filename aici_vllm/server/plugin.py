@@ -22,7 +22,7 @@ from vllm.tracing import extract_trace_headers
 
 from aici_vllm.controller.errors import BadRequestError
 from aici_vllm.engine import admission, compat
-from aici_vllm.engine.live import EVENTS, LIVE
+from aici_vllm.engine.live import EVENTS
 from aici_vllm.engine.results import RESULTS_KEY
 from aici_vllm.engine.vocabulary import read_vocabulary
 from aici_vllm.server import routes
@@ -88,7 +88,7 @@ def _resolver(catalog: Catalog) -> Callable[[str], str | None]:
 class VLLMFront:
     """What runs need of vLLM's server, whose own completion routes do the rendering."""
 
-    live_key = LIVE
+    live_key = admission.LIVE
     events_key = EVENTS
     results_key = RESULTS_KEY
 

@@ -38,6 +38,11 @@ def test_half_a_character_is_refused(key: str) -> None:
         ({"controller_checkpoint": ""}, "1 to 200 characters"),
         ({"controller_drop": "a" * 201}, "1 to 200 characters"),
         ({"controller_from": 5}, "controller_from must be a string"),
+        (
+            {"controller_args": "x"},
+            "unknown argument 'controller_args'; there are controller, controller_arg,",
+        ),
+        ({"mine": HALF}, "mine holds half a character"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(extra: dict[str, Any], said: str) -> None:

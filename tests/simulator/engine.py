@@ -16,8 +16,8 @@ from vllm.v1.request import Request, RequestStatus
 
 import aici_vllm.engine.scheduler as scheduler_module
 from aici_vllm.controller.branch import Next
-from aici_vllm.engine.admission import CHECKPOINT, CHOICES, CONTROLLER, DROP, FROM
-from aici_vllm.engine.live import EVENTS, LIVE
+from aici_vllm.engine.admission import CHECKPOINT, CHOICES, CONTROLLER, DROP, FROM, LIVE
+from aici_vllm.engine.live import EVENTS
 from aici_vllm.engine.masks import MaskTable
 from aici_vllm.engine.results import RESULTS_KEY
 from tests.simulator.model import EOS, PLAIN_TOKENS, TEXT_TOKENS, Prefix, allowed_by, vocabulary
