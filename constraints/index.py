@@ -280,7 +280,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
     os.nice(19)
     if sys.platform == "linux":
-        # An index is for later: it must not take a processor from a forward pass. Some containers forbid the call.
+        # An index is for later: no forward pass may wait for it. Some containers forbid the call.
         with suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     job = json.load(sys.stdin)
