@@ -17,11 +17,12 @@ from constraints.vocabulary import Vocabulary
 OUTSIDE = 0
 UTF8_TAILS = 7
 """States 1 to 7: inside a character that is no letter of an identifier, by what its next bytes may be."""
+OUTSIDE_STATES = 1 + UTF8_TAILS
 
 
 def _outside_rows() -> Ints:
     """The bytes of text outside identifiers, as UTF-8: int32[8, 256]."""
-    rows = np.full((1 + UTF8_TAILS, 256), DEAD, np.int32)
+    rows = np.full((OUTSIDE_STATES, 256), DEAD, np.int32)
     rows[OUTSIDE, :0x80] = OUTSIDE
     # States 1, 2, 3: so many bytes to come. 4 to 7: after E0, ED, F0, F4, where the next byte is narrower.
     rows[OUTSIDE, 0xC2:0xE0] = 1
@@ -33,6 +34,12 @@ def _outside_rows() -> Ints:
     rows[4, 0xA0:0xC0] = rows[5, 0x80:0xA0] = 1
     rows[6, 0x90:0xC0] = rows[7, 0x80:0x90] = 2
     return rows
+
+
+MAX_LETTERS = 256
+"""Letters of one identifier."""
+MAX_ALL_LETTERS = 8_000
+"""Of one lexer: letters of its identifiers, beginnings that they share counted once. Each takes 1 KiB."""
 
 
 class IdentifierMachine(Machine[int]):
@@ -53,11 +60,19 @@ class IdentifierMachine(Machine[int]):
         self._used = len(self._rows)
 
     def add(self, identifier: bytes) -> None:
-        node = OUTSIDE
-        for byte in identifier:
-            if self._rows[node, byte] == DEAD:
-                self._rows[node, byte] = self._new_node()
-            node = int(self._rows[node, byte])
+        node = known = 0
+        while known < len(identifier) and (after := int(self._rows[node, identifier[known]])) != DEAD:
+            node, known = after, known + 1
+        # Before the first node is made: one that leads to no identifier would be a dead end.
+        if self._used - OUTSIDE_STATES + len(identifier) - known > MAX_ALL_LETTERS:
+            raise ConstraintError(
+                f"identifier {identifier.decode()!r} is one too many: those of a lexer have {MAX_ALL_LETTERS:,} "
+                "letters at most in all, beginnings that they share counted once"
+            )
+        for byte in identifier[known:]:
+            after = self._new_node()
+            self._rows[node, byte] = after
+            node = after
         if node in self._complete:
             return
         self._complete.add(node)
@@ -119,7 +134,16 @@ class DynamicLexer:
         self._constraint = MachineConstraint(self._machine)
 
     def add(self, identifier: str) -> None:
-        """Allow `identifier` from here on, also in constraints in use. `ConstraintError` when it is none."""
+        """Allow `identifier` from here on, also in constraints in use.
+
+        `ConstraintError` when it is none, is longer than 256 letters, or finds no room in the lexer.
+        """
+        if not isinstance(identifier, str):
+            raise ConstraintError(f"an identifier is a string, not {type(identifier).__name__}")
+        if len(identifier) > MAX_LETTERS:
+            raise ConstraintError(
+                f"identifier {identifier[:9]!r}... has {len(identifier):,} letters; {MAX_LETTERS} are allowed"
+            )
         spelled = identifier.encode()
         machine = self._machine
         if not spelled or spelled[0] not in machine.first_letters or not set(spelled) <= machine.letters:

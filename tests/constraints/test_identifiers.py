@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from constraints import ConstraintError, DynamicLexer
+from constraints import ConstraintError, DynamicLexer, identifiers
 from tests.constraints.regex_oracle import split_tail
 from tests.constraints.walks import small_vocabulary, walk
 
@@ -96,6 +96,29 @@ def test_an_identifier_added_in_mid_text_is_known_at_once():
 def test_what_is_no_identifier_is_refused(name: str):
     with pytest.raises(ConstraintError, match="not an identifier"):
         DynamicLexer(VOCABULARY).add(name)
+
+
+@pytest.mark.parametrize("name", [7, None, b"foo"])
+def test_an_identifier_is_a_string(name: object):
+    with pytest.raises(ConstraintError, match="an identifier is a string, not"):
+        DynamicLexer(VOCABULARY).add(name)  # type: ignore[arg-type]
+
+
+def test_identifiers_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    lexer = DynamicLexer(VOCABULARY)
+    with pytest.raises(ConstraintError, match="has 60,000 letters; 256 are allowed"):
+        lexer.add("a" * 60_000)
+    monkeypatch.setattr(identifiers, "MAX_ALL_LETTERS", 10)
+    lexer.add("foobar")
+    for name in ("foobarxx111", "xx111"):
+        with pytest.raises(ConstraintError, match=f"'{name}' is one too many: .* 10 letters at most"):
+            lexer.add(name)
+    lexer.add("foobarxx")
+    lexer.add("foo")
+    lexer.add("fx1")
+    # What was refused left nothing behind that the text could begin with.
+    oracles = oracle(["foobar", "foobarxx", "foo", "fx1"], "")
+    walk(lexer.constraint(), VOCABULARY, *oracles, Random(1), steps=8)
 
 
 def test_additional_characters_must_be_ascii():
