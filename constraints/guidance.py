@@ -375,6 +375,8 @@ def lark(vocabulary: Vocabulary, grammar: str) -> GuidanceConstraint:
 
     Raises `ConstraintError` with the line of what does not compile.
     """
+    if not isinstance(grammar, str):
+        raise ConstraintError(f"a Lark grammar is a string, not {type(grammar).__name__}")
     source = grammar + NO_FORCING
     try:
         made = compiled.get(("lark", vocabulary.key, grammar), lambda: GuidanceGrammar(vocabulary, source))

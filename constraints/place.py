@@ -108,12 +108,12 @@ class Everywhere(Place):
 class _Back:
     """Stands for a dictionary that leads from every text token to one place."""
 
-    __slots__ = ("_ends", "_place", "_texts")
+    __slots__ = ("_place", "_texts")
 
     def __init__(self, place: Place, vocabulary: Vocabulary):
         self._place = place
         self._texts = vocabulary.texts
-        self._ends = vocabulary.eos_token_ids
 
     def get(self, token: int) -> Place | None:
-        return self._place if self._texts[token] and token not in self._ends else None
+        # No end has a text.
+        return self._place if self._texts[token] else None

@@ -412,6 +412,8 @@ def yacc(vocabulary: Vocabulary, grammar: str) -> MachineConstraint[State]:
     last lexeme is complete and the grammar allows it, never before the first. Raises `ConstraintError` with
     line and column of what is wrong.
     """
+    if not isinstance(grammar, str):
+        raise ConstraintError(f"a yacc grammar is a string, not {type(grammar).__name__}")
     return MachineConstraint(
         compiled.get(("yacc", vocabulary.key, grammar), lambda: YaccMachine(vocabulary, grammar))
     )

@@ -90,6 +90,12 @@ def test_what_does_not_compile_is_explained(grammar: str, message: str):
         lark(VOCABULARY, grammar)
 
 
+@pytest.mark.parametrize("grammar", [3, None, b'start: "a"'])
+def test_a_grammar_is_a_string(grammar: object):
+    with pytest.raises(ConstraintError, match="a Lark grammar is a string, not"):
+        lark(VOCABULARY, grammar)  # type: ignore[arg-type]
+
+
 def test_an_explosive_grammar_is_followed_or_refused_as_too_complex():
     doubled = "\n".join(f"a{i}: a{i + 1} a{i + 1} | a{i + 1}" for i in range(60)) + '\na60: "a" | "b"'
     constraint = lark(VOCABULARY, "start: a0\n" + doubled)

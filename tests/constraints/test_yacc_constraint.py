@@ -191,6 +191,12 @@ def test_a_deep_stack_is_given_up_in_one_piece():
     del stack
 
 
+@pytest.mark.parametrize("grammar", [5, None, b"%% S: 'a' ;"])
+def test_a_grammar_is_a_string(grammar: object):
+    with pytest.raises(ConstraintError, match="a yacc grammar is a string, not"):
+        yacc(VOCABULARY, grammar)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
