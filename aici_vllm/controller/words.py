@@ -6,6 +6,7 @@ Bad arguments raise here, so the error stands at the line of the script that mad
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -14,6 +15,7 @@ from aici_vllm.controller.awaits import Decide, FixedText, Generate, WaitVars
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult
 from aici_vllm.controller.errors import LimitError
+from aici_vllm.controller.sampling import Generation
 from constraints import Constraint, Vocabulary
 from constraints.vocabulary import once_per_vocabulary
 
@@ -108,6 +110,22 @@ def generate(
         top_p=top_p,
         shared=constraint is not None,
     )
+
+
+def prepare(branch: Branch, request: Generate) -> None:
+    """Have the constraint find out what the engine is going to ask it first.
+
+    Constraints remember what they found, for all sequences: whoever may take its time does this, and the
+    engine, which must not, only looks it up. Of no use for a user's own constraint.
+    """
+    if request.constraint.has_choice():
+        request.constraint.mask_row()
+        return
+    twin = replace(request, constraint=request.constraint.fork())
+    generation = Generation(twin, branch.group.vocabulary)
+    generation.take_forced()
+    if not generation.finished:
+        generation.mask_row()
 
 
 def _check_numbers(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 
+from aici_vllm import aici
 from aici_vllm.controller import branch as branch_module
+from aici_vllm.controller import words
+from aici_vllm.controller.awaits import Generate
+from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.limits import Limits
 from aici_vllm.controller.sandbox import SandboxPool, host
 from constraints import Constraint, Vocabulary
+from tests.controller.native import run
 from tests.controller.scripts import VOCABULARY, new_group, run_script, script
 
 
@@ -98,6 +104,30 @@ def test_long_lists_of_tokens_become_text_piece_by_piece(
         "tokens_repr() takes 65536 tokens at most, not 220000\n"
     )
     assert max(lengths) == host.PIECE and sum(lengths) < 10_000 + 220_000
+
+
+# Generations.
+
+
+def test_a_constraint_is_prepared_where_a_script_is_answered(
+    pool: SandboxPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    prepare = words.prepare
+
+    def noted(branch: Branch, request: Generate) -> None:
+        threads.append(threading.current_thread().name)
+        prepare(branch, request)
+
+    async def controller() -> None:
+        await aici.gen_tokens(regex="a")
+
+    monkeypatch.setattr(words, "prepare", noted)
+    # What runs in the engine's own thread gains nothing from it.
+    run(controller)
+    assert threads == []
+    run_script(pool, script("await aici.gen_tokens(regex='a')\nawait aici.gen_text(regex='b')"))
+    assert threads == ["aici-sandbox"] * 2
 
 
 # Labels.

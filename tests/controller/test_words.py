@@ -14,7 +14,12 @@ from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, Splice
 from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.limits import Limits
+from aici_vllm.controller.sampling import Generation
 from constraints import Constraint
+from constraints.guidance import GuidanceConstraint
+from constraints.machine import MachineConstraint, compiled
+from constraints.masks import masks
+from constraints.regex_constraint import RegexConstraint
 from tests.controller.native import PROMPT, group_of
 from tests.controller.scripts import EOS, VOCABULARY
 
@@ -173,6 +178,54 @@ def test_a_constraint_without_a_vocabulary_gets_the_models(branch: Branch) -> No
     made = words.generate(branch, constraint=constraint)
     assert made.constraint is constraint and constraint.vocabulary is VOCABULARY
     assert constraint.token_allowed(EOS) and constraint.token_allowed(97)
+
+
+WARM = [
+    {},
+    {"regex": "(one|two|three)"},
+    {"regex": "forced [a-z]+"},
+    {"regex": "forced"},
+    {"yacc": '%start A %% A: "x" A | "yz" ;'},
+    {"options": ["hello", "help"]},
+    {"options": []},
+    {"substring": "ab cd"},
+    {"grammar": 'start: "pre" ("p" | "q")'},
+    {"json_schema": {"type": "object", "properties": {"a": SCHEMA}, "required": ["a"]}},
+]
+
+
+@pytest.mark.parametrize("kind", WARM, ids=str)
+def test_what_the_engine_asks_first_was_found_out_before(
+    branch: Branch, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled.clear()
+    masks.clear()
+    made: list[Constraint] = []
+    for cls in Constraint, MachineConstraint, RegexConstraint, GuidanceConstraint:
+        make_row = cls._make_row
+
+        def noted(self: Constraint, make_row: Any = make_row) -> Any:
+            made.append(self)
+            return make_row(self)
+
+        monkeypatch.setattr(cls, "_make_row", noted)
+    request = words.generate(branch, **kind)
+    words.prepare(branch, request)
+    by_then = len(made)
+    generation = Generation(request, VOCABULARY)
+    generation.take_forced()
+    if not generation.finished:
+        generation.mask_row()
+    assert len(made) == by_then
+    words.prepare(branch, words.generate(branch, **kind))
+    assert len(made) == by_then, "the second time it is all known"
+
+
+def test_finding_out_moves_nothing(branch: Branch) -> None:
+    request = words.generate(branch, regex="forced [a-z]+")
+    words.prepare(branch, request)
+    assert VOCABULARY.detokenize(request.constraint.forced_tokens()).startswith(b"forced")
+    assert request.constraint.token_allowed(ord("f"))
 
 
 # Forks and waits.

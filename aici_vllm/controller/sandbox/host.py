@@ -461,6 +461,7 @@ def gen_tokens(
         temperature=temperature,
         top_p=top_p,
     )
+    words.prepare(host.branch, generate)
     return Pending(generate, list)
 
 
