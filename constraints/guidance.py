@@ -349,6 +349,9 @@ class GuidanceConstraint(Constraint):
         twin._positions = self._positions.copy()
         return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidanceConstraint:
+        return self.fork()
+
 
 def forced_row(vocabulary: Vocabulary, at: LLMatcher, forced: bytes) -> Row:
     """The mask where the bytes `forced` must follow: the tokens that begin them, and those that go beyond."""

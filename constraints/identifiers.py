@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import string
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,8 @@ class IdentifierMachine(Machine[int]):
         # Before the first node is made: one that leads to no identifier would be a dead end.
         if self._used - OUTSIDE_STATES + len(identifier) - known > MAX_ALL_LETTERS:
             raise ConstraintError(
-                f"identifier {identifier.decode()!r} is one too many: those of a lexer have {MAX_ALL_LETTERS:,} "
-                "letters at most in all, beginnings that they share counted once"
+                f"identifier {identifier.decode()!r} is one too many: those of a lexer have "
+                f"{MAX_ALL_LETTERS:,} letters at most in all, beginnings that they share counted once"
             )
         for byte in identifier[known:]:
             after = self._new_node()
@@ -158,6 +159,13 @@ class DynamicLexer:
         twin = copy.copy(self)
         self._machine.shared = True
         twin._constraint = self._constraint.fork()
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLexer:
+        # Whoever holds the constraint beside the lexer holds one that belongs to the other afterwards too.
+        twin = copy.copy(self)
+        self._machine.shared = True
+        twin._constraint = copy.deepcopy(self._constraint, memo)
         return twin
 
     def constraint(self) -> MachineConstraint[int]:

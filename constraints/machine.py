@@ -296,6 +296,10 @@ class MachineConstraint(Constraint, Generic[State]):
         twin._states = self._states.copy()
         return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MachineConstraint[State]:
+        # Who holds one, such as a constraint of a user's, shares its machine when it is copied.
+        return self.fork()
+
 
 class Sized(Protocol):
     """What is kept after it was compiled."""

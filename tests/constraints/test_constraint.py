@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from constraints import AnyText, Constraint, ConstraintError, TokenSet
+from constraints import (
+    AnyText,
+    Constraint,
+    ConstraintError,
+    DynamicLexer,
+    TokenSet,
+    lark,
+    options,
+    regex,
+    substring,
+    yacc,
+)
 from constraints.masks import MaskCache
 from constraints.token_set import freeze
 from tests.constraints.walks import EOS, EOS_TOO, SPECIAL, small_vocabulary
@@ -72,6 +85,58 @@ def test_a_subclass_needs_only_what_it_changes():
         twin.append_token(3)
     with pytest.raises(ConstraintError, match="rollback"):
         twin.rollback(1)
+
+
+class Both(Constraint):
+    """A user's constraint: what two others allow."""
+
+    def __init__(self, *parts: Constraint):
+        super().__init__(VOCABULARY)
+        self.parts = parts
+
+    def eos_allowed(self) -> bool:
+        return all(part.eos_allowed() for part in self.parts)
+
+    def token_allowed(self, token: int) -> bool:
+        return all(part.token_allowed(token) for part in self.parts)
+
+    def append_token(self, token: int) -> None:
+        for part in self.parts:
+            part.append_token(token)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda: regex(VOCABULARY, "a+"),
+        lambda: options(VOCABULARY, ["a", "aa"]),
+        lambda: substring(VOCABULARY, "aa", ""),
+        lambda: yacc(VOCABULARY, "%% S: 'a' S | 'a' ;"),
+        lambda: lark(VOCABULARY, 'start: "a"+'),
+    ],
+    ids=["regex", "options", "substring", "yacc", "lark"],
+)
+def test_a_subclass_that_holds_other_constraints_forks(part: Callable[[], Constraint]):
+    constraint = Both(part(), AnyText(VOCABULARY))
+    constraint.append_token(3)
+    before = constraint.mask_row().copy()
+    twin = constraint.fork()
+    assert (twin.mask_row() == before).all()
+    twin.append_token(3)
+    assert (constraint.mask_row() == before).all()
+
+
+def test_a_subclass_that_holds_a_lexer_forks():
+    lexer = DynamicLexer(VOCABULARY)
+    lexer.add("a")
+    for held in ((lexer, lexer.constraint()), (lexer.constraint(), lexer)):
+        holder = Constraint(VOCABULARY)
+        holder.held = held  # type: ignore[attr-defined]
+        copied = holder.fork().held  # type: ignore[attr-defined]
+        there = next(part for part in copied if isinstance(part, DynamicLexer))
+        there.add("b")
+        assert there.constraint() in copied and there.constraint().token_allowed(4)
+        assert not lexer.constraint().token_allowed(4)
 
 
 def test_a_subclass_may_allow_tokens_itself():
