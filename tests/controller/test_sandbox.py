@@ -324,6 +324,24 @@ def test_gathered_awaits_happen_one_after_the_other(pool: SandboxPool) -> None:
     assert log(engine).endswith("[[97], 'b', [99]]\n")
 
 
+@pytest.mark.parametrize("constraint", ["regex='ab[c-e]{3}'", "constraint=word"])
+def test_generations_that_were_asked_for_before_a_fork_are_each_branch_s_own(
+    pool: SandboxPool, constraint: str
+) -> None:
+    body = f"""
+    import asyncio
+    word = aici.RegexConstraint("ab[c-e]{{3}}")
+    forks = (aici.fork(2), aici.fork(2))
+    print(await asyncio.gather(*forks, aici.gen_text({constraint}), aici.FixedTokens("f")))
+    print(word.eos_allowed())
+    """
+    engine = run_script(pool, script(body))
+    assert texts(engine) == ["abcccf"] * 4
+    moved = "constraint" in constraint
+    for branch in engine.group.branches:
+        assert str(branch.log).endswith(f", 'abccc', [102]]\n{moved}\n")
+
+
 def test_a_variable_named_again_is_copied_for_each_name_up_to_a_size(pool: SandboxPool) -> None:
     body = """
     aici.set_var("a", "1")

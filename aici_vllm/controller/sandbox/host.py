@@ -6,7 +6,7 @@ Whatever comes in was made by the script, so everything is checked here or in `w
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pydantic_monty
 
 import constraints
 from aici_vllm.controller import awaits, words
-from aici_vllm.controller.awaits import Awaitable, Decide, Decided
+from aici_vllm.controller.awaits import Awaitable, Decide, Decided, Generate
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.decisions import BranchDecision, MidProcessResult, Splice
 from aici_vllm.controller.errors import LimitError
@@ -99,6 +99,13 @@ class Host:
         copy.lexers = {handle: lexer.fork() for handle, lexer in self.lexers.items()}
         copy.constraints.update({handle: lexer.constraint() for handle, lexer in copy.lexers.items()})
         return copy
+
+    def take_over(self, request: Generate, host: "Host") -> Generate:
+        """A generation that `host`, of which this is a copy, was asked for and has not begun."""
+        held = (handle for handle, constraint in host.constraints.items() if constraint is request.constraint)
+        handle = next(held, None)
+        constraint = request.constraint.fork() if handle is None else self.constraints[handle]
+        return replace(request, constraint=constraint)
 
     def call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Answer the word `name`: a value, or a `Pending` for one that is awaited.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aici_vllm.controller.awaits import Awaitable, Generate
 from aici_vllm.controller.branch import Branch
 from aici_vllm.controller.program import Raised, Turn
 from aici_vllm.controller.sandbox.host import Host, Pending
@@ -69,6 +70,7 @@ class SandboxProgram:
         self.seconds = 0.0
         self.late = False
         self.patience = Patience()
+        self._taken_over: dict[int, Generate] = {}
         self._turn: Turn | None = None
 
     @property
@@ -97,8 +99,22 @@ class SandboxProgram:
         copy.awaits = self.awaits
         copy.late = self.late
         copy.patience = self.patience.copy()
+        copy._taken_over = self._hand_over(copy.host)
         copy._turn = self._turn
         return copy
+
+    def asked_for(self, call_id: int, pending: Pending) -> Awaitable:
+        """What the branch must do for an await that has begun."""
+        return self._taken_over.pop(call_id, pending.awaitable)
+
+    def _hand_over(self, host: Host) -> dict[int, Generate]:
+        """The generations that have not begun, for a copy of the script: each moves a constraint of its own."""
+        asked: dict[int, Generate] = {}
+        for call_id, pending in self.suspended.awaited.items() if self.suspended else ():
+            request = self._taken_over.get(call_id, pending.awaitable)
+            if isinstance(request, Generate):
+                asked[call_id] = host.take_over(request, self.host)
+        return asked
 
     def close(self) -> None:
         self.closed = True

@@ -199,7 +199,7 @@ class LiveScript:
             return Raised(f"out of fuel: a script may await {fuel} times, {FUEL} times the model's context")
         self.stopped = snapshot
         program.suspended = self.suspended = Suspended(call_id, self._awaited, self._runs_main)
-        return self._awaited[call_id].awaitable
+        return program.asked_for(call_id, self._awaited[call_id])
 
     def _run_main(self, kind: str) -> Snapshot:
         self._runs_main = True
