@@ -108,7 +108,7 @@ class SandboxProgram:
         return self._taken_over.pop(call_id, pending.awaitable)
 
     def _hand_over(self, host: Host) -> dict[int, Generate]:
-        """The generations that have not begun, for a copy of the script: each moves a constraint of its own."""
+        """The generations that have not begun, each with a constraint of the copy's own."""
         asked: dict[int, Generate] = {}
         for call_id, pending in self.suspended.awaited.items() if self.suspended else ():
             request = self._taken_over.get(call_id, pending.awaitable)
