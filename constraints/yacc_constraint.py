@@ -23,6 +23,9 @@ UNKNOWN = -2
 MAX_CODES = 20_000
 MAX_KEYS = 50_000
 MAX_REDUCTIONS = 10_000
+"""In a row, beside those that take what is on the stack."""
+MAX_TOP = 64
+"""Entries of a stack by which a mask is named; one that depends on more is named by the whole stack."""
 MAX_STACKS = 50_000
 STACKS_IN_A_STATE = 10
 """A stack takes some 0.3 KB, a tenth of what states are counted as."""
@@ -82,7 +85,7 @@ class Reading:
         """The stack after `terminal`, None when the parser refuses it."""
         base, extra = at
         tables = self.tables
-        for _ in range(MAX_REDUCTIONS):
+        for _ in range(MAX_REDUCTIONS + base.depth):
             state = self.state((base, extra))
             after = tables.shift[state].get(terminal)
             if after is not None:
@@ -93,16 +96,23 @@ class Reading:
             base, extra = self._reduce(base, extra, number)
         return None
 
-    def ends(self, at: Overlay) -> bool:
-        """Whether the text may end."""
-        base, extra = at
-        for _ in range(MAX_REDUCTIONS):
-            state = extra[-1] if extra else base.state
-            number = self.tables.reduce[state].get(END)
+    def ends(self, at: Overlay, known: dict[Overlay, bool]) -> bool:
+        """Whether the text may end. `known` is what was found out so far: a stack ends as those below do."""
+        passed: list[Overlay] = []
+        found: bool | None = False
+        for _ in range(MAX_REDUCTIONS + at[0].depth):
+            if (found := known.get(at)) is not None:
+                break
+            number = self.tables.reduce[self.state(at)].get(END)
             if number is None or number == ACCEPT:
-                return number == ACCEPT
-            base, extra = self._reduce(base, extra, number)
-        return False
+                found = number == ACCEPT
+                break
+            passed.append(at)
+            at = self._reduce(*at, number)
+        if len(known) >= MAX_STEPS:
+            known.clear()
+        known.update(dict.fromkeys(passed, bool(found)))
+        return bool(found)
 
     def _reduce(self, base: Stack, extra: tuple[int, ...], number: int) -> Overlay:
         production = self.tables.productions[number]
@@ -248,6 +258,7 @@ class YaccMachine(Machine[State]):
         self._keys: dict[int, dict[int, set[tuple[int, ...]]]] = {}
         self._num_keys = 0
         self._names: dict[State, Hashable] = {}
+        self._ends: dict[Overlay, bool] = {}
         self._fresh: tuple[State | None, Row] = None, np.empty(0, np.int32)
         self._lock = Lock()
 
@@ -262,6 +273,7 @@ class YaccMachine(Machine[State]):
     def forget(self) -> None:
         super().forget()
         self._names.clear()
+        self._ends.clear()
         self._stacks.clear()
         if self.places is not None:
             self.places.clear()
@@ -313,7 +325,7 @@ class YaccMachine(Machine[State]):
         stack, lexer_state = state
         reading = Reading(self.tables, stack)
         closed = self._close(reading, reading.top, lexer_state)
-        return closed is not None and reading.ends(closed)
+        return closed is not None and reading.ends(closed, self._ends)
 
     def next_bytes(self, state: State) -> bytes:
         stack, lexer_state = state
@@ -345,7 +357,7 @@ class YaccMachine(Machine[State]):
                 known = self._names[state] = *self._decisive(*state), self.accepts(state)
         return known
 
-    def _decisive(self, stack: Stack, lexer_state: int) -> tuple[int, tuple[int, ...]]:
+    def _decisive(self, stack: Stack, lexer_state: int) -> tuple[int, tuple[int, ...] | Stack]:
         for depth, known in self._keys.get(lexer_state, {}).items():
             if depth <= stack.depth and (top := stack.top(depth)) in known:
                 return lexer_state, top
@@ -353,6 +365,8 @@ class YaccMachine(Machine[State]):
             self._keys, self._num_keys = {}, 0
         row, depth = self._evaluate(stack, lexer_state)
         self._fresh = (stack, lexer_state), row
+        if depth > MAX_TOP:
+            return lexer_state, stack
         top = stack.top(depth)
         self._keys.setdefault(lexer_state, {}).setdefault(depth, set()).add(top)
         self._num_keys += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from constraints import ConstraintError, yacc, yacc_constraint
 from constraints.lr import make_tables
 from constraints.machine import MachineConstraint
-from constraints.yacc_constraint import STACKS_IN_A_STATE, Stack, YaccMachine, neighbours
+from constraints.yacc_constraint import (
+    MAX_REDUCTIONS,
+    MAX_TOP,
+    STACKS_IN_A_STATE,
+    Reading,
+    Stack,
+    YaccMachine,
+    neighbours,
+)
 from constraints.yacc_grammar import Production, read_grammar
 from tests.constraints.grammar_oracle import GrammarOracle, Rules, as_yacc
 from tests.constraints.walks import small_vocabulary, walk
@@ -182,6 +191,44 @@ def test_stacks_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch
     made = YaccMachine(VOCABULARY, DEEP)
     assert masks(made) == wanted
     assert max(map(len, (made._stacks, made.steps, made.choices, made._names))) <= 60
+
+
+def test_whether_a_list_may_end_is_not_found_out_anew_for_each_entry(monkeypatch: pytest.MonkeyPatch):
+    reductions, reduce = 0, Reading._reduce
+
+    def counted(reading: Reading, *args: Any) -> Any:
+        nonlocal reductions
+        reductions += 1
+        return reduce(reading, *args)
+
+    monkeypatch.setattr(Reading, "_reduce", counted)
+    made = YaccMachine(VOCABULARY, '%% L: "a" L | "a" ;')
+    state = made.start
+    for _ in range(1_000):
+        after = made.step(state, b"a")
+        assert after is not None and made.accepts(after)
+        state = after
+    assert reductions <= 2 * 1_000
+
+
+def test_a_list_of_any_length_may_end():
+    made = YaccMachine(VOCABULARY, '%% L: "a" L | "a" ;')
+    state = made.step(made.start, b"a" * (MAX_REDUCTIONS + 2))
+    assert state is not None and made.accepts(state)
+
+
+def test_a_mask_that_depends_on_all_of_a_deep_stack_is_named_by_it():
+    constraint, names = yacc(VOCABULARY, '%% S: L ";" ; L: "a" L | "a" ;'), set()
+    token = VOCABULARY.greedy(b"a")[0]
+    for _ in range(2 * MAX_TOP):
+        constraint.append_token(token)
+        names.add(constraint.state_key())
+        semicolon = VOCABULARY.greedy(b";")[0]
+        assert constraint.token_allowed(token) and constraint.token_allowed(semicolon)
+        row = constraint.mask_row()
+        assert row[semicolon >> 5] >> (semicolon & 31) & 1
+    assert len(names) == 2 * MAX_TOP
+    assert all(isinstance(name[1][1], Stack) or len(name[1][1]) <= MAX_TOP for name in names)
 
 
 def test_a_deep_stack_is_given_up_in_one_piece():
