@@ -237,7 +237,6 @@ def test_requests_leave_nothing_behind(engine: Sandboxed) -> None:
         return alive, len(os.listdir("/proc/self/fd")) - 4 * len(processes())
 
     first = held()
-    # What the first round was the first to make may still have been missing from its count.
-    later = [held(), held()]
-    no_more = [all(now <= then for now, then in zip(one, first, strict=True)) for one in later]
-    assert any(no_more), (first, later)
+    # What the first round was the first to make may be missing from its count, and a process that ends or
+    # begins just then may add to another's: a leak adds to every one.
+    assert any(all(now <= then for now, then in zip(held(), first, strict=True)) for _ in range(5))
