@@ -9,6 +9,7 @@ another in the middle of a sequence.
 from __future__ import annotations
 
 from functools import cached_property
+from threading import Lock
 from time import perf_counter
 
 import numpy as np
@@ -60,6 +61,7 @@ class RegexMachine(Machine[int]):
         self._indexes = indexes
         self._seconds = 0.0
         self._num_quick = 0
+        self._making = Lock()
         if self._num_ranges > LONG:
             # Who compiles may be a thread that only waits; who asks for a first mask is the engine.
             automaton = self.automaton
@@ -73,7 +75,12 @@ class RegexMachine(Machine[int]):
     @cached_property
     def automaton(self) -> RegexAutomaton:
         """The states."""
-        return RegexAutomaton(self._tree)
+        # A cached property has no lock of its own, and the numbers of two automata are not the same.
+        with self._making:
+            if "automaton" not in self.__dict__:
+                self.__dict__["automaton"] = RegexAutomaton(self._tree)
+        made: RegexAutomaton = self.__dict__["automaton"]
+        return made
 
     @cached_property
     def _steps_by_byte(self) -> StepTable:
