@@ -220,6 +220,11 @@ class Vocabulary:
         return max(map(len, self._bytes), default=0)
 
     @cached_property
+    def longest_text(self) -> int:
+        """Bytes in the longest token, special ones as they are spelled."""
+        return max([self.longest_token, *map(len, self._specials.values())])
+
+    @cached_property
     def text_tokens(self) -> TokenSet:
         """Every token that adds bytes: no special token, no padding. Read-only."""
         ids = np.flatnonzero(np.array([bool(text) for text in self._bytes]))

@@ -17,7 +17,6 @@ from aici_vllm.controller.decisions import BranchDecision, MidProcessResult
 from aici_vllm.controller.errors import LimitError
 from aici_vllm.controller.sampling import Generation
 from constraints import Constraint, Vocabulary
-from constraints.vocabulary import once_per_vocabulary
 
 MOST_NAMES = 256
 """Variables that one `wait_vars` may name: whoever waits looks for all of them again and again."""
@@ -33,7 +32,7 @@ def fixed_text(branch: Branch, text: str | bytes, following: int | None = None) 
     if not isinstance(text, (str, bytes)):
         raise TypeError(f"FixedTokens takes str or bytes, not {type(text).__name__}")
     context = branch.group.context
-    if len(text) > context * _longest_text(branch.group.vocabulary):
+    if len(text) > context * branch.group.vocabulary.longest_text:
         raise ValueError(
             f"the tokens of fixed text do not fit: {len(text)} characters are more than {context} tokens, "
             "which the model's context holds, can spell"
@@ -43,12 +42,6 @@ def fixed_text(branch: Branch, text: str | bytes, following: int | None = None) 
     if branch.log_level >= 1:
         branch.log.write(f"FIXED {text!r}\n")
     return FixedText(branch.group.vocabulary.tokenize(text), following)
-
-
-@once_per_vocabulary
-def _longest_text(vocabulary: Vocabulary) -> int:
-    """Bytes in the longest token, special ones as they are spelled."""
-    return max(len(vocabulary.token_text(token)) for token in range(vocabulary.size))
 
 
 def generate(
