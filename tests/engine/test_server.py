@@ -388,7 +388,7 @@ FAILS_WHILE_RUNNING = {
     "bad regex": (GREETING.format("await aici.gen_tokens(regex='(')"), "never closed"),
     "fork(0)": (GREETING.format("await aici.fork(0)"), "at least 1"),
     "gen over the context": (GREETING.format("await aici.gen_tokens(max_tokens=10**6)"), "2048"),
-    "text over the context": (GREETING.format("await aici.FixedTokens(' a' * 5000)"), "2048"),
+    "text over any context": (GREETING.format("await aici.FixedTokens('a' * 10**6)"), "2048"),
     "dead label": (
         GREETING.format(
             "a = aici.Label(); await aici.FixedTokens('x'); b = aici.Label(); "
@@ -418,6 +418,11 @@ def test_a_script_that_fails_says_why_and_harms_nobody(server: Server, case: str
 
 def test_text_awaited_before_an_exception_is_not_lost(server: Server) -> None:
     assert server.run(GREETING.format("raise ValueError"))["branches"][0]["text"] == "Hello"
+
+
+def test_text_over_the_budget_ends_with_length(server: Server) -> None:
+    branch = server.run(GREETING.format("await aici.FixedTokens(' a' * 5000)"))["branches"][0]
+    assert branch["finish_reason"] == "length" and branch["error"] is None
 
 
 def test_fork_17_fails_one_branch_and_the_others_go_on(server: Server) -> None:
