@@ -40,6 +40,8 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 BETWEEN = {"v1-async", "v2-sync"}
 """Regimes with one of the two differences between the simplest regime and that of a GPU."""
 IN_EVERY_REGIME = "test_random_scripts_are_greedy_exact[{}-random]"
+SLOWEST = "test_random_scripts_are_greedy_exact[v2-async-embedded]"
+"""There Triton is interpreted for a real model; the random one shows the same."""
 
 
 def exhaustive(value: Any) -> Any:
@@ -49,11 +51,12 @@ def exhaustive(value: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the regimes in between to `make test-full`, but for random scripts on the random model."""
+    """Leave to `make test-full` what is slowest, and the regimes in between but for random scripts."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         regimes = [value.name for value in params.values() if isinstance(value, Regime)]
-        if BETWEEN.intersection(regimes) and item.name != IN_EVERY_REGIME.format(*regimes):
+        between = BETWEEN.intersection(regimes) and item.name != IN_EVERY_REGIME.format(*regimes)
+        if between or item.name == SLOWEST:
             item.add_marker("exhaustive")
 
 

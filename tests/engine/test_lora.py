@@ -162,6 +162,7 @@ def test_a_checkpoint_is_gone_on_from_under_its_adapter_alone(
     assert llm.reset_prefix_cache(), "blocks are still in use"
 
 
+@pytest.mark.exhaustive
 def test_more_adapters_than_fit_take_turns_in_a_small_cache(
     engine: Engines, adapters: list[LoRARequest | None], references: list[Reference]
 ) -> None:
