@@ -186,7 +186,7 @@ async def measure(options: argparse.Namespace, model: str) -> dict[str, Found]:
             enforce_eager=not _on_gpu(),
             max_model_len=1024,
             disable_log_stats=True,
-            **aici_vllm.engine_args(),
+            **aici_vllm.engine_args(branches=options.branches),
         )
     )
     neighbours = [Neighbour("plain", False), Neighbour("controlled", True)]
@@ -279,6 +279,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="of each window")
     parser.add_argument("--rounds", type=int, default=3, help="windows of each kind for each script")
     parser.add_argument("--attackers", type=int, default=4, help="hostile requests at the same time")
+    parser.add_argument("--branches", type=int, default=16, help="live branches that a request may have")
     parser.add_argument("--only", nargs="*", help="names of hostile scripts")
     parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the scripts")
     parser.add_argument("--json", type=Path, help="file for what a later run with --merge shows")
