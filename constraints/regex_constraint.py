@@ -32,7 +32,7 @@ MAX_QUICK = 8
 """Masks of a pattern that are made without llguidance: together they cost what it takes to read the pattern,
 and its masks cost half as much."""
 LONG = 1_000
-"""Ranges of characters in a pattern with which all that its first mask needs is made, in 5 ms and more."""
+"""Ranges of characters: a pattern of more makes what its first mask needs at once, in 5 ms and more."""
 PARTS_OF_STATE = 10
 """Terms of the automaton, or ranges of characters in the pattern, that take what a state takes."""
 WORTH_SECONDS = 0.02

@@ -137,7 +137,7 @@ class Group:
             branch.end("abort")
 
     def _copy(self, parent: Branch, fits: bool) -> Branch:
-        # A thousand that fail at once must not each copy a long text.
+        # Hundreds that fail at once must not each copy a long text.
         child = Branch(self, len(self.branches), parent.sequence.copy() if fits else Sequence([]))
         child.initial_prompt_len = parent.initial_prompt_len
         child.log_level = parent.log_level

@@ -37,7 +37,8 @@ CHOICES = "controller_choices"
 STOP_TOKENS = "controller_stop_tokens"
 """Set here for the engine: the client's own stop tokens, before vLLM adds the model's to them."""
 
-_KEYS = (CONTROLLER, CONTROLLER_ARG, CHECKPOINT, FROM, DROP, LIVE)
+_CHECKPOINTS = (CHECKPOINT, FROM, DROP)
+_KEYS = (CONTROLLER, CONTROLLER_ARG, *_CHECKPOINTS, LIVE)
 
 INSTALLED_GROUP = "aici_vllm.controllers"
 CONFIG_KEY = "aici"
@@ -173,15 +174,12 @@ def checked_arguments(vllm_config: VllmConfig, params: SamplingParams) -> dict[s
     _check_parameters(params)
     args = dict(params.extra_args or {})
     args[CONTROLLER] = _checked_controller(vllm_config, args[CONTROLLER])
-    _encoded(CONTROLLER_ARG, args.get(CONTROLLER_ARG, ""))
     for key, value in args.items():
         if key.startswith(CONTROLLER) and key not in (*_KEYS, CHOICES, STOP_TOKENS):
             raise BadRequestError(f"unknown argument {key!r}; there are {', '.join(_KEYS)}")
-        if isinstance(value, str):
+        if isinstance(value, str) or key in (CONTROLLER_ARG, *_CHECKPOINTS):
             _encoded(key, value)
-    for key in (CHECKPOINT, FROM, DROP):
-        name = args.get(key, "checkpoint")
-        if not _encoded(key, name) or len(name) > NAME_LENGTH:
+        if key in _CHECKPOINTS and not 0 < len(value) <= NAME_LENGTH:
             raise BadRequestError(f"{key} must be a name of 1 to {NAME_LENGTH} characters")
     return args
 
@@ -202,7 +200,7 @@ def choose_engine(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     assert request.sampling_params is not None
     if engines == 1:
         return
-    if not {CHECKPOINT, FROM, DROP}.isdisjoint(request.sampling_params.extra_args or {}):
+    if not set(_CHECKPOINTS).isdisjoint(request.sampling_params.extra_args or {}):
         raise BadRequestError(
             f"a checkpoint stays in one of this server's {engines} engines: name the same one in each request"
             f" that makes, uses or drops it, with the header X-data-parallel-rank: 0 to {engines - 1}"

@@ -216,7 +216,7 @@ def child_request(parent: Controlled, branch: Branch, request_id: str) -> Reques
 def failed_fork(parent: Controlled, branch: Branch) -> Controlled:
     """A branch that failed in its fork, as those over the limit do: it is reported, and never computed.
 
-    Nothing is made for it in the engine, so a script cannot hold a step up with a thousand of them.
+    Nothing is made for it in the engine, so a script cannot hold a step up with hundreds of them.
     """
     return Controlled(parent.request, branch, parent.group, parent.params, choice=False, finished=True)
 

@@ -39,7 +39,12 @@ TEXTS = st.text(st.sampled_from("ab cé."), max_size=6)
 @settings(max_examples=100, deadline=None)
 @given(st.lists(TEXTS, max_size=5), st.integers(0, 1 << 16))
 def test_options_are_brute_force(texts: list[str], seed: int):
-    spelled = [text.encode() for text in texts]
+    walk_options(texts, seed)
+
+
+def walk_options(texts: list[str], seed: int) -> None:
+    """Compare masks along a random text with what each option begins with."""
+    spelled = {text.encode() for text in texts}
     walk(
         options(VOCABULARY, texts),
         VOCABULARY,
@@ -60,15 +65,8 @@ def test_a_longer_option_stays_reachable_past_a_shorter_one():
 def test_many_options_are_brute_force():
     rng = Random(0)
     texts = ["".join(rng.choices("ab cé.", k=rng.randrange(1, 7))) for _ in range(2 * literals.MANY)]
-    spelled = {text.encode() for text in texts}
     for seed in range(5):
-        walk(
-            options(VOCABULARY, texts),
-            VOCABULARY,
-            lambda text: any(option.startswith(text) for option in spelled),
-            lambda text: text in spelled,
-            Random(seed),
-        )
+        walk_options(texts, seed)
 
 
 def test_the_first_mask_of_many_options_looks_at_no_text_by_itself(monkeypatch: pytest.MonkeyPatch):
